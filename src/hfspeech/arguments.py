@@ -1,0 +1,346 @@
+"""The dataclasses that hold every setting, and the parser that lays flags over an arguments file."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from .errors import UserError, nearest
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from, and which of them are used."""
+
+    dataset_name: list[str] = field(
+        default=None,
+        metadata={
+            "help": "Hub dataset id, audiofolder, CSV/TSV/JSONL manifest or parquet file; several of them are mixed."
+        },
+    )
+    dataset_config_name: list[str] = field(
+        default=None, metadata={"help": "Configuration of the Hub dataset: one for all, or one for each of several."}
+    )
+    dataset_revision: list[str] = field(
+        default=None, metadata={"help": "Branch, tag or commit of the Hub dataset: one for all, or one for each."}
+    )
+    dataset_weights: list[float] = field(
+        default=None, metadata={"help": "How often training draws from each of several datasets. Default: by size."}
+    )
+    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split_name: str = field(
+        default="validation", metadata={"help": "Split to choose the best checkpoint on; carved from train if absent."}
+    )
+    test_split_name: list[str] = field(
+        default_factory=lambda: ["test"], metadata={"help": "Split or splits that the result is measured on."}
+    )
+    validation_share: float = field(
+        default=0.05, metadata={"help": "Share of the training rows (whole speakers) carved out for validation."}
+    )
+    audio_column_name: str = field(default=None, metadata={"help": "Column of the audio. Default: found by itself."})
+    text_column_name: str = field(default=None, metadata={"help": "Column of the text. Default: found by itself."})
+    id_column_name: str = field(default=None, metadata={"help": "Column that identifies a recording."})
+    speaker_column_name: str = field(
+        default=None, metadata={"help": "Column of the speaker, for intervals and for carving validation."}
+    )
+    group_columns: list[str] = field(
+        default=None, metadata={"help": "Columns whose values get an error rate each, such as accent or speaker."}
+    )
+    retention_dataset_name: str = field(
+        default=None, metadata={"help": "Data of the old condition: what the model must not forget."}
+    )
+    retention_share: float = field(
+        default=0.0, metadata={"help": "Share of the training rows drawn from the old condition's train split."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they come instead of downloading first."})
+    min_duration_in_seconds: float = field(default=0.1, metadata={"help": "Shorter recordings are left out."})
+    max_duration_in_seconds: float = field(
+        default=None, metadata={"help": "Longer recordings are left out. Default: the model's window (30 s)."}
+    )
+    max_train_samples: int = field(default=None, metadata={"help": "Use only the first rows of train."})
+    max_eval_samples: int = field(default=None, metadata={"help": "Use only the first rows of validation."})
+    max_test_samples: int = field(default=None, metadata={"help": "Use only the first rows of each test split."})
+    on_bad_audio: str = field(
+        default="error",
+        metadata={
+            "help": "What a broken recording does: stop the run, or be left out and counted.",
+            "choices": ["error", "skip"],
+        },
+    )
+    speed_perturbation: list[float] = field(
+        default=None,
+        metadata={"help": "Training rows are played at one of these speeds, drawn at random, such as 0.9 1.0 1.1."},
+    )
+
+
+@dataclass
+class WhisperArguments:
+    """Which Whisper to start from, and what it is to write."""
+
+    model_name_or_path: str = field(default=None, metadata={"help": "Whisper to start from: Hub id or local folder."})
+    config_name: str = field(
+        default=None,
+        metadata={"help": "Folder or Hub id with a configuration and tokenizer but no weights: train from scratch."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    language: str = field(
+        default=None, metadata={"help": "Language of the speech, as a name or a code. English-only models need none."}
+    )
+    task: str = field(
+        default="transcribe",
+        metadata={"help": "Write the words as spoken, or translate into English.", "choices": ["transcribe", "translate"]},
+    )
+    timestamps: bool = field(
+        default=False, metadata={"help": "Train and decode with the start and end time of every utterance."}
+    )
+    freeze_encoder: bool = field(default=False, metadata={"help": "Train the decoder only."})
+    dropout: float = field(default=None, metadata={"help": "Dropout between layers. Default: the model's own."})
+    apply_spec_augment: bool = field(
+        default=False, metadata={"help": "Mask stripes of time and frequency in training (SpecAugment)."}
+    )
+    mask_time_prob: float = field(default=0.05, metadata={"help": "Share of the frames masked by SpecAugment."})
+    mask_time_length: int = field(default=10, metadata={"help": "Frames of 10 ms in one time stripe."})
+    mask_feature_prob: float = field(default=0.05, metadata={"help": "Share of the mel bins masked by SpecAugment."})
+    mask_feature_length: int = field(default=10, metadata={"help": "Mel bins in one frequency stripe."})
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen model in 8 bits under LoRA (CUDA and bitsandbytes)."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen model in 4 bits under LoRA (CUDA and bitsandbytes)."}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention kernel, as transformers names it."})
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise UserError(
+                "Say which model to start from with --model_name_or_path (or --config_name to train from scratch), "
+                "one of the two."
+            )
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UserError("--load_in_8bit and --load_in_4bit exclude each other: keep one.")
+
+
+@dataclass
+class LoraArguments:
+    """The adapter's shape; the names are those of peft's LoraConfig, as TRL spells them."""
+
+    lora_r: int = field(default=32, metadata={"help": "Rank of the update matrices."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale of the update: alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers to adapt: names, or all-linear."}
+    )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: learn magnitude and direction apart."})
+
+
+@dataclass
+class SpeechTrainingArguments(Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with defaults for speech; every field of transformers' own is accepted.
+
+    bf16 and fp16 are chosen by the hardware unless one of them is given; `choices` holds each such choice with its
+    reason, for the log and the run record.
+    """
+
+    output_dir: str = field(default=None, metadata={"help": "Folder for checkpoints, model, results and logs."})
+    bf16: bool = field(default=None, metadata={"help": "bfloat16 mixed precision. Default: where the GPU has it."})
+    fp16: bool = field(
+        default=None, metadata={"help": "float16 mixed precision. Default: on a GPU that has no bfloat16."}
+    )
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "Where to log: tensorboard, wandb, none, ..."}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float = field(default=500, metadata={"help": "Steps between evaluations (and checkpoints)."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept on disk, the best one among them."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
+    logging_steps: float = field(default=25, metadata={"help": "Steps between logged losses."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (costs a sync a step)."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint by WER."})
+    metric_for_best_model: str = field(default="wer", metadata={"help": "Validation figure that decides."})
+    greater_is_better: bool = field(default=False, metadata={"help": "Whether more of that figure is better."})
+    early_stopping_patience: int = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better WER."}
+    )
+    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate on generated text."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows in an evaluation batch."})
+    dataloader_num_workers: int = field(
+        default=None, metadata={"help": "Processes that decode audio. Default: the cores, at most 8 a process."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows are decoded late."})
+    label_names: list[str] = field(default_factory=lambda: ["labels"], metadata={"help": "Names of the targets."})
+    ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "DDP's search for unused weights."})
+    normalizer: str = field(
+        default="auto",
+        metadata={
+            "help": "Text normaliser of the error rates; auto is english for English, marks elsewhere.",
+            "choices": ["auto", "none", "basic", "english", "marks"],
+        },
+    )
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise UserError("Say where the run may write with --output_dir FOLDER.")
+        self.choices = []
+        if self.bf16 is None and self.fp16 is None:
+            self.bf16, self.fp16 = False, False
+            if self.use_cpu or not torch.cuda.is_available():
+                self.choices.append("fp32: no GPU")
+            elif torch.cuda.is_bf16_supported(including_emulation=False):
+                self.bf16 = True
+                self.choices.append(f"bf16: {torch.cuda.get_device_name()} supports it")
+            else:
+                self.fp16 = True
+                self.choices.append(f"fp16: {torch.cuda.get_device_name()} has no bf16")
+        else:
+            self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+            self.choices.append(f"{'bf16' if self.bf16 else 'fp16' if self.fp16 else 'fp32'}: given")
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_num_workers()
+            self.choices.append(f"{self.dataloader_num_workers} dataloader workers: from the number of cores")
+        self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
+        self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
+        super().__post_init__()
+
+
+def default_num_workers():
+    """Returns how many processes decode audio: one a core, less one for training, at most 8 for each process."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes - 1))
+
+
+# What may differ between two launches of the same run: where it writes and what it prints, never what it computes.
+NOT_IDENTITY = {
+    "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "choices",
+    "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_steps",
+    "logging_strategy", "logging_first_step", "save_total_limit", "resume_from_checkpoint", "per_device_eval_batch_size",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "project", "trackio_space_id",
+}  # fmt: skip
+
+
+def parse(recipe_file, *dataclass_types, argv=None):
+    """Reads a recipe's settings: an arguments file, then the flags of the command line, which win.
+
+    The file is the first argument if that ends in .yaml or .yml, else `args.yaml` beside `recipe_file`. A key that no
+    dataclass has, in the file or on the command line, stops the run, and all faults are listed at once.
+
+    Args:
+        recipe_file: path of the recipe's run.py (its `__file__`).
+        *dataclass_types: the dataclasses to fill.
+        argv: list of str, the command line without the program's name. Default: `sys.argv[1:]`.
+
+    Returns:
+        One instance for each dataclass. Every instance carries `run_arguments`, a JSON-able dict of all settings.
+
+    Raises:
+        UserError: unknown keys, values of the wrong type, an unreadable file, or settings that exclude each other.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        arguments_file = Path(argv.pop(0))
+        if arguments_file.suffix not in (".yaml", ".yml"):
+            raise UserError(
+                f"{arguments_file} is not an arguments file: put a .yaml file first, then flags such as --max_steps 100."
+            )
+    else:
+        arguments_file = Path(recipe_file).parent / "args.yaml"
+    return parse_arguments(read_arguments_file(arguments_file), argv, dataclass_types, source=arguments_file)
+
+
+def read_arguments_file(path):
+    """Returns the settings of a YAML arguments file as a dict, or raises a `UserError` that names the fault."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"Cannot read the arguments file {path} ({error.strerror}): check its path.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not valid YAML: write one `name: value` on each line.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not a list of settings: write one `name: value` on each line.")
+    return settings
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_arguments(settings, flags, dataclass_types, source="the arguments file"):
+    """Fills the dataclasses from a dict of settings and a list of flags; see `parse`."""
+    parser = _Parser(dataclass_types, allow_abbrev=False, add_help=True, prog="run.py [ARGS.yaml]")
+    known = {f.name for dtype in dataclass_types for f in dataclasses.fields(dtype) if f.init}
+    faults, tokens = [], []
+
+    for name, value in settings.items():
+        if name not in known:
+            faults.append(f"{source}: there is no setting {name!r}.{nearest(name, known)}")
+        elif value is not None:
+            tokens.append((str(source), [f"--{name}", *_as_tokens(value)]))
+    for group in _group_flags(flags):
+        name = group[0].partition("=")[0].lstrip("-").replace("-", "_")
+        if not group[0].startswith("--"):
+            faults.append(f"Command line: {group[0]!r} belongs to no setting. Write --name value.")
+        elif name == "help" or name.removeprefix("no_") in known or name in known:
+            tokens.append(("command line", group))
+        else:
+            faults.append(f"Command line: there is no setting --{name}.{nearest(name, known)}")
+    for where, group in tokens:
+        try:
+            parser.parse_known_args(group)
+        except UserError as error:
+            faults.append(f"{where}: {str(error).removeprefix('argument ')}.")
+    if faults:
+        raise UserError("\n".join(faults))
+
+    try:
+        instances = parser.parse_args_into_dataclasses(
+            [token for _, group in tokens for token in group], look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    run_arguments = {}
+    for instance in instances:
+        for f in dataclasses.fields(instance):
+            value = getattr(instance, f.name)
+            if f.name not in ("hub_token", "push_to_hub_token"):
+                run_arguments[f.name] = value if _is_plain(value) else str(value)
+    for instance in instances:
+        instance.run_arguments = run_arguments
+    return instances
+
+
+def _group_flags(flags):
+    """Splits a command line into groups of one flag and its values."""
+    groups = []
+    for token in flags:
+        if token.startswith("--") or not groups:
+            groups.append([token])
+        else:
+            groups[-1].append(token)
+    return groups
+
+
+def _as_tokens(value):
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, list):
+        return [str(v) for v in value]
+    return [str(value)]
+
+
+def _is_plain(value):
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return not isinstance(value, argparse.Namespace)

@@ -1,0 +1,263 @@
+"""Recordings: decode them to 16 kHz mono, find the broken ones, read their duration, write them."""
+
+import io
+import os
+import re
+
+import numpy as np
+
+from hfspeech.errors import UserError
+
+SAMPLING_RATE = 16000
+NOT_AUDIO = "not an audio file that libsndfile or FFmpeg can read"
+
+# Block of frames read at once; FLAC fails at the block where the file was cut, which tells how much was there.
+_BLOCK = 1 << 16
+# Programs that write to a pipe leave a data size of this order in the header: it says nothing about the real one.
+_STREAMED_SIZE = 0x7FFFF000
+# A manifest rounds its times, so a segment may end this much after the recording does.
+_SEGMENT_SLACK_S = 0.1
+
+
+class BadAudio(Exception):
+    """A recording that cannot be used; the message is a short reason such as `0 samples`."""
+
+
+def decode(audio, sampling_rate=SAMPLING_RATE, offset_s=None, num_s=None):
+    """Decodes a recording, or a segment of it, to mono at one sampling rate.
+
+    WAV, FLAC, MP3, OGG and Opus need no system package (soundfile brings libsndfile); M4A, AAC and WebM go
+    through torchcodec, which needs FFmpeg. Channels are averaged.
+
+    Args:
+        audio: the file's bytes, or its path.
+        sampling_rate: of the result, in Hz.
+        offset_s: start of the segment in seconds; None for the beginning.
+        num_s: length of the segment in seconds; None for all that follows.
+
+    Returns:
+        float32 array of shape (samples,).
+
+    Raises:
+        BadAudio: the recording is empty, truncated, silent (all samples are zero), not finite or not audio. A file
+            cut exactly between two Ogg pages, or an MP3 without a Xing header, cannot be told from a whole one.
+        UserError: the format needs FFmpeg and torchcodec, and they are not there.
+    """
+    with _open(audio) as file:
+        if file is None:
+            waveform, from_rate = _decode_with_ffmpeg(audio)
+            if offset_s is not None or num_s is not None:
+                start = round((offset_s or 0) * from_rate)
+                waveform = waveform[start : None if num_s is None else start + round(num_s * from_rate)]
+        else:
+            waveform, from_rate = _read(file, offset_s, num_s), file.samplerate
+    if len(waveform) == 0:
+        raise BadAudio("0 samples")
+    if num_s is not None and len(waveform) < (num_s - _SEGMENT_SLACK_S) * from_rate:
+        raise BadAudio(
+            f"the segment of {num_s:g} s at {offset_s or 0:g} s ends after the recording does"
+        )
+    if not np.isfinite(waveform).all():
+        raise BadAudio("NaN or infinite samples")
+    if not waveform.any():
+        raise BadAudio("all samples are zero")
+    if from_rate != sampling_rate:
+        import torch
+        import torchaudio.functional
+
+        waveform = torchaudio.functional.resample(torch.from_numpy(waveform), from_rate, sampling_rate).numpy()
+    return waveform
+
+
+def duration_s(audio):
+    """Reads the duration of a recording in seconds from its header, without decoding it.
+
+    Args:
+        audio: the file's bytes, or its path.
+
+    Raises:
+        BadAudio: the header shows that the recording is empty, truncated or not audio.
+        UserError: the format needs FFmpeg and torchcodec, and they are not there.
+    """
+    with _open(audio) as file:
+        if file is None:
+            seconds = _ffmpeg_decoder(audio).metadata.duration_seconds
+            if not seconds:
+                waveform, rate = _decode_with_ffmpeg(audio)
+                seconds = len(waveform) / rate
+            return float(seconds)
+        if file.frames >= 1 << 53:  # the header of a streamed FLAC does not know
+            return len(_read(file, None, None)) / file.samplerate
+        if file.frames == 0:
+            raise BadAudio("0 samples")
+        return file.frames / file.samplerate
+
+
+def write(path, waveform, sampling_rate=SAMPLING_RATE):
+    """Writes a waveform (floats in [-1, 1], shape (samples,)) to a file, in the format that its suffix names.
+
+    Args:
+        path: such as `answer.wav`; folders on the way are made.
+        waveform: array or tensor of shape (samples,).
+        sampling_rate: in Hz.
+
+    Raises:
+        UserError: the suffix names no format that libsndfile writes.
+    """
+    import soundfile
+
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    suffix = os.path.splitext(path)[1].lstrip(".").upper()
+    format, subtype = ("OGG", "OPUS") if suffix == "OPUS" else (suffix, None)
+    if format not in soundfile.available_formats():
+        raise UserError(f"{path}: cannot write audio with the suffix .{suffix.lower()}; use .wav, .flac, .mp3 or .ogg.")
+    soundfile.write(path, np.asarray(waveform), sampling_rate, format=format, subtype=subtype)
+
+
+class _open:
+    """Opens a recording with libsndfile as a context; gives None where it is FFmpeg's turn."""
+
+    def __init__(self, audio):
+        self.audio = audio
+        self.file = None
+
+    def __enter__(self):
+        import soundfile
+
+        if isinstance(self.audio, (bytes, bytearray, memoryview)):
+            source, size, head = io.BytesIO(self.audio), len(self.audio), bytes(self.audio[:64])
+        else:
+            source = os.fspath(self.audio)
+            try:
+                size = os.path.getsize(source)
+                with open(source, "rb") as file:
+                    head = file.read(64)
+            except FileNotFoundError:
+                raise BadAudio("no such file") from None
+            except OSError as error:
+                raise BadAudio(f"cannot be read ({error.strerror})") from None
+        if size == 0:
+            raise BadAudio("0 bytes")
+        if head[:4] == b"OggS":
+            _check_last_ogg_page(self.audio, size)
+        try:
+            self.file = soundfile.SoundFile(source)
+        except soundfile.LibsndfileError:
+            known = head[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS")
+            if known and size < 4096:
+                raise BadAudio(f"truncated: only {size} bytes") from None
+            container = _ffmpeg_container(head)
+            if container is None and _torchcodec() is None:
+                raise BadAudio(NOT_AUDIO) from None
+            if _torchcodec() is None:
+                raise UserError(
+                    f"{container} audio needs FFmpeg and torchcodec: install them with "
+                    "`apt install ffmpeg` (or `conda install ffmpeg`, `brew install ffmpeg`) and "
+                    "`pip install torchcodec`, or convert the files to FLAC."
+                ) from None
+            return None
+        try:
+            _check_header(self.file)
+        except BadAudio:
+            self.file.close()
+            raise
+        return self.file
+
+    def __exit__(self, *_):
+        if self.file is not None:
+            self.file.close()
+
+
+def _check_header(file):
+    """Finds what libsndfile notes but forgives: a data chunk that is longer than the file (WAV, W64, RF64, AIFF)."""
+    log = file.extra_info
+    if found := re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log):
+        says, has = (int(group) for group in found.groups())
+        if has < says < _STREAMED_SIZE:
+            samples = round(says * file.frames / has) if has else says
+            raise BadAudio(f"truncated: header says {samples} samples, {file.frames} decoded")
+    if found := re.search(r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)", log):
+        raise BadAudio(f"truncated: header says {found[2]} samples, {found[1]} decoded")
+    if "riff : " in log and re.search(r"riff : \d+ \(should be", log):
+        raise BadAudio("truncated: the file is shorter than its header says")
+
+
+def _check_last_ogg_page(audio, size):
+    """Raises BadAudio if the last Ogg page is incomplete; libsndfile reads such a file as if it ended earlier.
+
+    The page's layout is in RFC 3533, section 6: 27 bytes, then the number of segments named in the last of them,
+    then the segments, each as long as its entry says. A page has at most 65,307 bytes.
+    """
+    if isinstance(audio, (bytes, bytearray, memoryview)):
+        tail = bytes(audio[-65_307:])
+    else:
+        with open(audio, "rb") as file:
+            file.seek(max(0, size - 65_307))
+            tail = file.read()
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    num_segments = page[26] if len(page) > 26 else 0
+    page_size = 27 + num_segments + sum(page[27 : 27 + num_segments])
+    if len(page) < 27 + num_segments or len(page) < page_size:
+        raise BadAudio("truncated: the last Ogg page is incomplete")
+
+
+def _read(file, offset_s, num_s):
+    """Reads a segment of an open SoundFile as mono float32 at the file's own rate."""
+    import soundfile
+
+    start = round((offset_s or 0) * file.samplerate)
+    if start >= file.frames > 0:
+        raise BadAudio(f"the segment at {offset_s:g} s starts after the recording ends")
+    wanted = file.frames - start if num_s is None else min(round(num_s * file.samplerate), file.frames - start)
+    blocks, num_read = [], 0
+    try:
+        if start:
+            file.seek(start)
+        while num_read < wanted:
+            block = file.read(min(_BLOCK, wanted - num_read), dtype="float32", always_2d=True)
+            if len(block) == 0:
+                break
+            blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+            num_read += len(block)
+    except soundfile.LibsndfileError:
+        raise BadAudio(f"truncated: header says {file.frames} samples, {start + num_read} decoded") from None
+    if num_read < wanted < 1 << 53:
+        raise BadAudio(f"truncated: header says {file.frames} samples, {start + num_read} decoded")
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _ffmpeg_container(head):
+    """Names the format of a file that only FFmpeg reads, from its first bytes; None if they say nothing."""
+    if head[4:8] == b"ftyp":
+        return "M4A/MP4"
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return "WebM"
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
+        return "AAC"
+    if head[:16] == bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"):
+        return "WMA"
+    return "AMR" if head[:5] == b"#!AMR" else None
+
+
+def _torchcodec():
+    """Returns torchcodec's AudioDecoder, or None where it or FFmpeg is missing."""
+    try:
+        from torchcodec.decoders import AudioDecoder
+    except (ImportError, RuntimeError, OSError):
+        return None
+    return AudioDecoder
+
+
+def _ffmpeg_decoder(audio):
+    try:
+        return _torchcodec()(bytes(audio) if isinstance(audio, (bytearray, memoryview)) else audio, num_channels=1)
+    except (RuntimeError, ValueError):
+        raise BadAudio(NOT_AUDIO) from None
+
+
+def _decode_with_ffmpeg(audio):
+    try:
+        samples = _ffmpeg_decoder(audio).get_all_samples()
+    except RuntimeError as error:
+        raise BadAudio(f"truncated or damaged ({str(error).splitlines()[0]})") from None
+    return samples.data.mean(dim=0).numpy(), samples.sample_rate

@@ -1,0 +1,361 @@
+"""`load_speech`: the train, validation and test rows of a run, mixed, carved, filtered and checked."""
+
+import logging
+
+import numpy as np
+
+from hfspeech.data.leaks import check_leaks, shared_rows
+from hfspeech.data.rows import (
+    HIDDEN,
+    Dropped,
+    Filters,
+    SpeechDataset,
+    find_columns,
+    group_columns,
+    read_rows,
+)
+from hfspeech.data.sources import open_source
+from hfspeech.data.streaming import CARVED_ROWS, EVAL_ROWS, mix_streams, stream_rows, take_rows
+from hfspeech.errors import UserError, nearest
+
+logger = logging.getLogger("hfspeech")
+
+
+class SpeechSplits(dict):
+    """Split name → `SpeechDataset`, with the account of where the rows come from and which were left out.
+
+    Attributes:
+        account: JSON-able dict: `datasets` (name, commit or path of each) and `splits`, for each split the number of
+            `rows`, their `hours`, and `dropped`: reason → `count` and `example`.
+    """
+
+    def __init__(self, splits, account):
+        super().__init__(splits)
+        self.account = account
+
+
+def load_speech(data_args, processor=None, seed=42, max_label_length=448):
+    """Loads the train, validation and test rows of a run, in one schema, checked, not yet decoded.
+
+    Rows come from Hub datasets, audiofolders, manifests and parquet (`hfspeech.data.sources` says which file is which
+    split). Several datasets are joined; with `dataset_weights` the training rows are repeated so that each dataset
+    has its share and every row is used at least once. Validation is carved from train, whole speakers where there is
+    a speaker column, if no dataset has it. `max_*_samples` count in each dataset and split, before the filters.
+
+    When streaming, train is a `datasets.IterableDataset` of the same decoded rows, filtered as they come (its account
+    grows meanwhile, in the process that reads it); validation and test are read into memory.
+
+    Args:
+        data_args: the `DataArguments`.
+        processor: the model's processor, its tokenizer's prefix tokens set; None skips the filters on tokens.
+        seed: of the carving, of the mixture and of the stream's shuffling.
+        max_label_length: label tokens that the model takes; None for no limit.
+
+    Returns:
+        `SpeechSplits` with `train`, `validation`, `test`, and `retention` (the test rows of the old condition) if a
+        retention dataset is given.
+
+    Raises:
+        UserError: a dataset, split or column is missing, audio is bad, a split is empty, or a recording stands in two
+            splits.
+    """
+    loader = _Loader(data_args, processor, max_label_length)
+    sources = loader.open(data_args.dataset_name, data_args.dataset_config_name, data_args.dataset_revision)
+    weights = _weights(data_args)
+    tests = loader.join(sources, data_args.test_split_name, "test", data_args.max_test_samples)
+    evals = None
+    if any(data_args.eval_split_name in source.split_names or source.read(data_args.eval_split_name)[0] is not None
+           for source in sources) or data_args.eval_split_name != "validation":
+        evals = loader.join(sources, [data_args.eval_split_name], "validation", data_args.max_eval_samples)
+    splits = {"validation": evals, "test": tests}
+    retained = None
+    if data_args.retention_dataset_name:
+        retained = loader.open([data_args.retention_dataset_name], None, None)
+        splits["retention"] = loader.join(retained, ["test"], "retention", data_args.max_test_samples)
+
+    if data_args.streaming:
+        return _with_stream(loader, sources, weights, retained, splits, seed)
+
+    train = loader.parts(sources, data_args.train_split_name, "train", data_args.max_train_samples)
+    if splits["validation"] is None:
+        train, splits["validation"] = _carve(train, data_args.validation_share, seed, loader.account)
+    train = _mix(train, weights, seed)
+    if retained and data_args.retention_share > 0:
+        old = loader.parts(retained, "train", "retention train", None)[0]
+        train = _add_share(train, old, data_args.retention_share, seed)
+    return loader.finish({"train": train, **splits})
+
+
+def load_split(data_args, split, processor=None, max_label_length=None):
+    """Loads one split alone, to evaluate a model on it: no training rows are needed, and none are looked at.
+
+    Args:
+        data_args: the `DataArguments`; `max_test_samples` holds here.
+        split: its name in the dataset; a manifest without a `split` column is that split.
+        processor, max_label_length: as in `load_speech`.
+
+    Returns:
+        `SpeechDataset`, with its `account`.
+    """
+    loader = _Loader(data_args, processor, max_label_length)
+    sources = loader.open(data_args.dataset_name, data_args.dataset_config_name, data_args.dataset_revision)
+    rows = loader.join(sources, [split], split, data_args.max_test_samples, only=True)
+    splits = loader.finish({split: rows})
+    splits[split].account = splits.account
+    return splits[split]
+
+
+class _Loader:
+    """What the steps of loading share: the arguments, the filters and the account."""
+
+    def __init__(self, data_args, processor, max_label_length):
+        if not data_args.dataset_name:
+            raise UserError("No dataset is given; name one with --dataset_name.")
+        if data_args.on_bad_audio not in ("error", "skip"):
+            raise UserError(f"--on_bad_audio is error or skip, not {data_args.on_bad_audio}.")
+        self.data_args = data_args
+        max_duration_s = data_args.max_duration_in_seconds
+        if max_duration_s is None and processor is not None:
+            max_duration_s = float(processor.feature_extractor.chunk_length)
+        tokenizer = processor.tokenizer if processor is not None else None
+        self.filters = Filters(data_args.min_duration_in_seconds, max_duration_s, tokenizer, max_label_length)
+        self.account = {"datasets": [], "splits": {}, "notes": []}
+
+    def open(self, names, configs, revisions):
+        names = _as_list(names)
+        configs = _one_each(configs, names, "--dataset_config_name")
+        revisions = _one_each(revisions, names, "--dataset_revision")
+        sources = [
+            open_source(name, config, revision, self.data_args.streaming)
+            for name, config, revision in zip(names, configs, revisions)
+        ]
+        self.account["datasets"] += [source.record for source in sources]
+        return sources
+
+    def dropped(self, key):
+        return self.account["splits"].setdefault(key, {"rows": 0, "hours": 0.0, "dropped": Dropped()})["dropped"]
+
+    def raw(self, sources, split, flag, only=False):
+        """Returns (source, rows, folder, columns) for each source that has the split; UserError if none has it."""
+        found = []
+        for source in sources:
+            rows, folder = source.read(split, only)
+            if rows is not None:
+                if rows.column_names is None:  # a stream of unknown features
+                    rows = rows._resolve_features()
+                lenient = len(self.account["datasets"]) > 1
+                found.append((source, rows, folder, find_columns(rows, self.data_args, source.name, lenient)))
+        names = list(dict.fromkeys(name for source in sources for name in source.split_names))
+        if not found:
+            where = ", ".join(source.name for source in sources)
+            raise UserError(
+                f"{where} has no split named {split} (it has: {', '.join(names)}); name one with {flag}."
+                f"{nearest(split, names)}"
+            )
+        for group in group_columns(self.data_args):
+            there = list(dict.fromkeys(name for _, rows, _, _ in found for name in rows.column_names))
+            if group not in there and flag != "--retention_dataset_name":
+                raise UserError(
+                    f"{found[0][0].name}, {split}: no column {group} for --group_columns; it has: {', '.join(there)}."
+                    f"{nearest(group, there)}"
+                )
+        return found
+
+    def parts(self, sources, split, key, max_samples, only=False):
+        """Returns the filtered rows of a split, one `datasets.Dataset` for each source (None where it has none)."""
+        flag = {
+            "train": "--train_split_name", "validation": "--eval_split_name",
+            "retention": "--retention_dataset_name", "retention train": "--retention_dataset_name",
+        }.get(key, "--test_split_name")
+        found = {id(source): rest for source, *rest in self.raw(sources, split, flag, only)}
+        parts = []
+        for source in sources:
+            if id(source) not in found:
+                parts.append(None)
+                continue
+            rows, folder, columns = found[id(source)]
+            if self.data_args.streaming:
+                rows = take_rows(rows, columns, folder, max_samples or EVAL_ROWS)
+                if max_samples is None and len(rows) == EVAL_ROWS:
+                    self.note(f"{source.name}, {split}: streaming, so only the first {EVAL_ROWS} rows are used; "
+                              "set another number with --max_eval_samples and --max_test_samples.")
+            elif max_samples is not None:
+                rows = rows.select(range(min(max_samples, len(rows))))
+            parts.append(
+                read_rows(rows, folder, columns, self.filters, self.data_args, source.name, split, self.dropped(key))
+            )
+        return parts
+
+    def join(self, sources, splits, key, max_samples, only=False):
+        """Returns the filtered rows of these splits of all sources, one after the other."""
+        parts = [part for split in _as_list(splits) for part in self.parts(sources, split, key, max_samples, only)]
+        return _concatenate(parts)
+
+    def note(self, line):
+        self.account["notes"].append(line)
+        logger.warning(line)
+
+    def finish(self, splits):
+        """Checks for empty splits and leaks, makes ids unique, writes the account."""
+        for name, rows in splits.items():
+            dropped = self.dropped(name)
+            if len(rows) == 0:
+                why = "; ".join(f"{entry['count']} {reason} ({entry['example']})" for reason, entry in dropped.items())
+                raise UserError(f"No row of {name} is left: {why or 'the split is empty'}.")
+        check_leaks(splits)
+        finished = {}
+        for name, rows in splits.items():
+            entry = self.account["splits"][name]
+            entry["rows"] = len(rows)
+            entry["hours"] = round(sum(rows["duration_s"][:]) / 3600, 4)
+            finished[name] = SpeechDataset(_unique_ids(rows).remove_columns(list(HIDDEN)))
+        self.log()
+        return SpeechSplits(finished, self.account)
+
+    def log(self):
+        for name, entry in self.account["splits"].items():
+            if entry["rows"]:
+                logger.info("%s: %d rows, %.2f hours", name, entry["rows"], entry["hours"])
+            for reason, left_out in entry["dropped"].items():
+                logger.info("%s: %d left out, %s, such as %s", name, left_out["count"], reason, left_out["example"])
+
+
+def _with_stream(loader, sources, weights, retained, splits, seed):
+    """Finishes a streamed run: validation carved from the first rows if need be, then the stream of the rest."""
+    data_args = loader.data_args
+    found = loader.raw(sources, data_args.train_split_name, "--train_split_name")
+    num_skipped = 0
+    if splits["validation"] is None:
+        num_skipped = data_args.max_eval_samples or CARVED_ROWS
+        loader.note(
+            f"No validation split: the first {num_skipped} rows of each training stream are taken for it, whoever speaks."
+        )
+        splits["validation"] = loader.join(sources, [data_args.train_split_name], "validation", num_skipped)
+    finished = loader.finish(splits)
+    dropped = loader.dropped("train")
+
+    def stream(source, rows, folder, columns, num_skipped, max_samples):
+        if num_skipped:
+            rows = rows.skip(num_skipped)
+        if max_samples is not None:
+            rows = rows.take(max_samples)
+        return stream_rows(rows, folder, columns, loader.filters, data_args, source.name,
+                           data_args.train_split_name, dropped, splits, seed)
+
+    streams = [stream(*part, num_skipped, data_args.max_train_samples) for part in found]
+    weights = weights and [w for w, source in zip(weights, sources) if any(source is part[0] for part in found)]
+    train = mix_streams(streams, weights, seed)
+    if retained and data_args.retention_share > 0:
+        old = [stream(*part, 0, None) for part in loader.raw(retained, "train", "--retention_dataset_name")]
+        train = mix_streams([train, *old], [1 - data_args.retention_share, data_args.retention_share], seed)
+    return SpeechSplits({"train": train, **finished}, loader.account)
+
+
+def _as_list(value):
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _one_each(values, names, flag):
+    values = [None] if not values else _as_list(values)
+    if len(values) not in (1, len(names)):
+        raise UserError(f"{flag} has {len(values)} values for {len(names)} datasets; give one for all, or one for each.")
+    return values * len(names) if len(values) == 1 else values
+
+
+def _weights(data_args):
+    weights, names = data_args.dataset_weights, _as_list(data_args.dataset_name)
+    if weights is None:
+        return None
+    if len(weights) != len(names) or min(weights) <= 0:
+        raise UserError(f"--dataset_weights has to be one number above 0 for each of the {len(names)} datasets.")
+    return weights
+
+
+def _concatenate(parts):
+    import datasets
+
+    return datasets.concatenate_datasets([part for part in parts if part is not None])
+
+
+def _draw(num_rows, num_wanted, seed):
+    """Draws row numbers in random order, each as often as any other (give or take one)."""
+    generator = np.random.default_rng(seed)
+    rounds = [generator.permutation(num_rows) for _ in range(-(-num_wanted // num_rows))]
+    return np.sort(np.concatenate(rounds)[:num_wanted]) if rounds else np.zeros(0, int)
+
+
+def _mix(parts, weights, seed):
+    """Joins the training rows of several datasets; with weights, each is repeated up to its share."""
+    if weights is not None:
+        pairs = [(part, weight) for part, weight in zip(parts, weights) if part is not None and len(part)]
+        total = max((len(part) / weight for part, weight in pairs), default=0)
+        parts = [part.select(_draw(len(part), round(weight * total), seed)) for part, weight in pairs]
+        if not parts:
+            raise UserError("No row of train is left in any of the datasets.")
+    return _concatenate(parts)
+
+
+def _add_share(train, old, share, seed):
+    """Adds rows of the old condition until they are this share of all; all rows of train stay."""
+    if not 0 < share < 1:
+        raise UserError(f"--retention_share has to lie between 0 and 1, not at {share:g}.")
+    if len(old) == 0:
+        raise UserError("No training row of --retention_dataset_name is left after the filters.")
+    num_old = round(len(train) * share / (1 - share))
+    return _concatenate([train, old.select(_draw(len(old), num_old, seed))])
+
+
+def _carve(parts, share, seed, account):
+    """Parts validation rows from the training rows of each dataset, whole speakers where there are several.
+
+    A recording that stands twice in train may fall on both sides: then it leaves validation.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"There is no validation split; --validation_share has to lie between 0 and 1, not at {share:g}.")
+    generator = np.random.default_rng(seed)
+    kept, carved = [], []
+    for part in parts:
+        if part is None or len(part) == 0:
+            kept.append(part)
+            continue
+        speakers = np.array([speaker or "" for speaker in part["speaker"][:]])
+        names, counts = np.unique(speakers[speakers != ""], return_counts=True)
+        if len(names) > 1:
+            order = generator.permutation(len(names))
+            chosen, num_chosen = [], 0
+            for i in order:
+                if num_chosen + counts[i] <= share * len(part):
+                    chosen.append(names[i])
+                    num_chosen += counts[i]
+            if not chosen:
+                chosen = [names[order[np.argmin(counts[order])]]]
+            is_carved = np.isin(speakers, chosen)
+            how = f"the speakers {', '.join(sorted(chosen)[:5])}{' …' if len(chosen) > 5 else ''}"
+        else:
+            is_carved = np.zeros(len(part), bool)
+            is_carved[generator.permutation(len(part))[: max(1, round(share * len(part)))]] = True
+            how = "rows at random, for want of a speaker column"
+        train, validation = part.select(np.flatnonzero(~is_carved)), part.select(np.flatnonzero(is_carved))
+        twice = {row for _, row, _ in shared_rows(train, validation)}
+        if twice:
+            validation = validation.select([i for i in range(len(validation)) if i not in twice])
+        account["notes"].append(f"validation: {len(validation)} rows carved from {part['dataset'][0]}: {how}")
+        logger.info(account["notes"][-1])
+        kept.append(train)
+        carved.append(validation)
+    return kept, _concatenate(carved or parts)
+
+
+def _unique_ids(rows):
+    """Makes the ids of rows of several datasets and splits distinct; repeated training rows keep theirs."""
+    ids, origins = rows["id"][:], list(zip(rows["dataset"][:], rows["split"][:], rows["row"][:]))
+    owners = {}
+    for id, origin in zip(ids, origins):
+        owners.setdefault(id, set()).add(origin)
+    if all(len(owner) == 1 for owner in owners.values()):
+        return rows
+    unique = [
+        id if len(owners[id]) == 1 else f"{dataset}/{split}/{row}/{id}"
+        for id, (dataset, split, row) in zip(ids, origins)
+    ]
+    return rows.remove_columns("id").add_column("id", unique)

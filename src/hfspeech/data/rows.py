@@ -1,0 +1,395 @@
+"""The one schema of rows, the filters on the way into it, and the dataset that decodes a row when it is asked for."""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from hfspeech.audio import BadAudio, decode, duration_s
+from hfspeech.data.sources import find_file
+from hfspeech.errors import UserError, nearest
+
+logger = logging.getLogger("hfspeech")
+
+# Names that a column of this meaning bears in the datasets of the Hub, Common Voice, NeMo and Kaldi exports.
+COLUMN_NAMES = {
+    "audio": ("audio", "file_name", "audio_filepath", "audio_path", "audio_file", "path", "wav"),
+    "text": ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_text"),
+    "id": ("id", "audio_id", "utterance_id", "utt_id", "segment_id"),
+    "speaker": ("speaker", "speaker_id", "client_id", "spk_id"),
+    "duration": ("duration", "duration_s", "seconds"),
+    "offset": ("offset", "offset_s"),
+}
+SCHEMA = ("id", "audio", "text", "speaker", "duration_s", "dataset", "split", "offset_s", "row")
+# Columns that only the leak check reads.
+HIDDEN = ("recording_id", "num_bytes")
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    """Rows of one schema over a `datasets.Dataset`; a row's audio is decoded when the row is asked for.
+
+    `dataset[i]` gives a dict with `index` (i), `id`, `text`, `speaker` (or None), `duration_s`, `dataset`, `split`, `offset_s` (or
+    None for a whole recording), `row` (its number in the source, from 1), the group columns, and `waveform` (float32,
+    16 kHz, mono). Where the audio cannot be used, `waveform` is None and `bad_audio` says why and in which row.
+
+    Args:
+        rows: `datasets.Dataset` with the columns of `SCHEMA` and the group columns; audio undecoded.
+        transforms: callables row → row, applied after decoding, such as augmentation of training rows.
+        account: JSON-able dict that says where the rows come from and which were left out.
+    """
+
+    def __init__(self, rows, transforms=(), account=None):
+        self.rows = rows
+        self.transforms = list(transforms)
+        self.account = account or {}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = {"index": int(index), **self.rows[int(index)]}
+        decode_row(row)
+        if row["waveform"] is not None:
+            for transform in self.transforms:
+                row = transform(row)
+        return row
+
+    def record(self, index):
+        """Returns what is known of a row besides its audio, for results; nothing is decoded."""
+        row = self.rows[int(index)]
+        return {"index": int(index), **{name: value for name, value in row.items() if name != "audio"}}
+
+    @property
+    def column_names(self):
+        return self.rows.column_names
+
+    def column(self, name):
+        """Returns a column as a list, without decoding any audio."""
+        return self.rows[name][:]
+
+    def select(self, indices):
+        """Returns the rows at these positions, as a dataset of the same kind."""
+        return SpeechDataset(self.rows.select(indices), self.transforms, self.account)
+
+
+def decode_row(row):
+    """Replaces `audio` of a row by `waveform`, or by None and the reason in `bad_audio`."""
+    audio = row.pop("audio")
+    num_s = row["duration_s"] if row["offset_s"] is not None else None
+    try:
+        source = audio["bytes"] if audio["bytes"] is not None else audio["path"]
+        row["waveform"] = decode(source, offset_s=row["offset_s"], num_s=num_s)
+    except BadAudio as reason:
+        row["waveform"] = None
+        row["bad_audio"] = f"{row_name(row['row'], audio['path'] or row['id'])}: {reason}"
+
+
+def row_name(number, path):
+    """Names a row in messages: `row 812, clip_07.wav`."""
+    return f"row {number}, {os.path.basename(str(path))}"
+
+
+@dataclass
+class Columns:
+    """The columns of one dataset by their meaning; None where there is none."""
+
+    audio: str
+    text: str
+    id: str | None
+    speaker: str | None
+    duration: str | None
+    offset: str | None
+    id_is_given: bool
+
+
+def find_columns(rows, data_args, where, lenient=False):
+    """Finds the columns by the arguments, and where these are silent by their type and usual names.
+
+    Args:
+        rows: a `datasets.Dataset` or `IterableDataset`.
+        data_args: the `DataArguments`.
+        where: the dataset's name, for messages.
+        lenient: a column that an argument names may be missing (one of several datasets); then it is found by itself.
+
+    Raises:
+        UserError: a column is missing, or several could be meant; it lists the columns there and the flag to use.
+    """
+    names = list(rows.column_names or rows.features or [])
+    there = ", ".join(names)
+    found = {}
+    for meaning, usual in COLUMN_NAMES.items():
+        given = getattr(data_args, f"{meaning}_column_name", None)
+        flag = f"--{meaning}_column_name"
+        if given in names:
+            found[meaning] = given
+            continue
+        if given is not None and not lenient:
+            raise UserError(f"{where} has no column {given} for {flag}; it has: {there}.{nearest(given, names)}")
+        candidates = [name for name in usual if name in names]
+        if meaning == "audio":
+            candidates = [name for name in names if is_audio(rows.features, name)] or candidates
+        elif meaning == "text":
+            candidates = [name for name in candidates if not is_audio(rows.features, name)]
+        if len(candidates) > 1 and meaning in ("audio", "text", "speaker"):
+            raise UserError(f"{where} has several columns for the {meaning}: {', '.join(candidates)}; choose with {flag}.")
+        if len(candidates) > 1:
+            logger.info("%s: several columns could hold the %s (%s); none is used.", where, meaning, candidates)
+        if not candidates and meaning in ("audio", "text"):
+            raise UserError(f"{where} has no column that looks like the {meaning}; name one of {there} with {flag}.")
+        found[meaning] = candidates[0] if len(candidates) == 1 else None
+    return Columns(**found, id_is_given=found["id"] is not None and found["id"] == data_args.id_column_name)
+
+
+def is_audio(features, name):
+    """Tells whether a column of these features holds audio rather than the path of it."""
+    import datasets
+
+    feature = (features or {}).get(name)
+    return isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+
+
+@dataclass
+class Filters:
+    """What a row has to satisfy, apart from its audio being readable.
+
+    Args:
+        min_duration_s, max_duration_s: of the recording or segment; `max_duration_s` None for no limit.
+        tokenizer: with its prefix tokens set; None skips the two filters on tokens.
+        max_label_length: number of label tokens that the model takes, without the start token.
+    """
+
+    min_duration_s: float
+    max_duration_s: float | None
+    tokenizer: object = None
+    max_label_length: int | None = None
+
+    def reasons(self, texts, durations):
+        """Returns for each row None, or (why it is left out, the example's detail)."""
+        reasons = [self._reason(text, duration) for text, duration in zip(texts, durations)]
+        left = [i for i, reason in enumerate(reasons) if reason is None]
+        if self.tokenizer is not None and left:
+            for i, reason in zip(left, self._token_reasons([texts[i] for i in left])):
+                reasons[i] = reason
+        return reasons
+
+    def _reason(self, text, duration):
+        if not text.strip():
+            return "empty text", ""
+        if duration is not None and duration < self.min_duration_s:
+            return f"shorter than {self.min_duration_s:g} s", f"{duration:.2f} s"
+        if duration is not None and self.max_duration_s is not None and duration > self.max_duration_s:
+            return f"longer than {self.max_duration_s:g} s", f"{duration:.2f} s"
+
+    def _token_reasons(self, texts):
+        tokenizer = self.tokenizer
+        tokens = tokenizer(texts, add_special_tokens=False).input_ids
+        num_special = len(tokenizer("").input_ids)
+        first = tokenizer("").input_ids[:1]
+        if first == tokenizer.convert_tokens_to_ids(["<|startoftranscript|>"]):
+            num_special -= 1
+        heard = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for text, ids, back in zip(texts, tokens, heard):
+            length = len(ids) + num_special
+            unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+            if unknown or "".join(text.split()) != "".join(back.split()):
+                lost = "".join(dict.fromkeys(c for c in text if c not in back and not c.isspace()))
+                yield "characters that the tokenizer cannot spell", f"{lost or text[:40]!r} in {text[:60]!r}"
+            elif self.max_label_length is not None and length > self.max_label_length:
+                yield f"labels longer than {self.max_label_length} tokens", f"{length} tokens"
+            else:
+                yield None
+
+
+class Dropped(dict):
+    """Rows left out, reason → {"count", "example"}."""
+
+    def add(self, reason, row, detail=""):
+        entry = self.setdefault(reason, {"count": 0, "example": f"{row}: {detail}" if detail else row})
+        entry["count"] += 1
+
+
+def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dropped):
+    """Brings the rows of one dataset and split into the schema, without those that the filters reject.
+
+    Args:
+        raw: the `datasets.Dataset` as it is stored.
+        folder: where the paths in it start, or None.
+        columns: its `Columns`.
+        filters: the `Filters`.
+        data_args: for `group_columns` and `on_bad_audio`.
+        dataset_name, split: remembered in each row.
+        dropped: the `Dropped` that takes the account.
+
+    Returns:
+        `datasets.Dataset` with the columns of `SCHEMA` and `HIDDEN` and the group columns.
+
+    Raises:
+        UserError: a header shows bad audio and `on_bad_audio` is `error`.
+    """
+    import datasets
+
+    raw = as_undecoded(raw, columns.audio, folder)
+    texts = ["" if text is None else str(text) for text in raw[columns.text]]
+    given = durations_given(raw, columns, dataset_name)
+    offsets = [None] * len(raw)
+    if columns.offset:
+        offsets = [to_seconds(value, columns.offset, i, dataset_name) for i, value in enumerate(raw[columns.offset])]
+    paths, sizes, measured = _measure(raw, columns.audio, given)
+
+    durations, names = [], []
+    for i, (path, seconds, offset) in enumerate(zip(paths, measured, offsets)):
+        names.append(row_name(i + 1, path or split))
+        if isinstance(seconds, BadAudio):
+            if data_args.on_bad_audio == "error":
+                name = names[-1]
+                raise UserError(f"{dataset_name}, {split}: {name[0].upper()}{name[1:]}: {seconds}. "
+                                "Leave such rows out with --on_bad_audio skip.")
+            dropped.add("bad audio", names[-1], str(seconds))
+            seconds = None
+        elif offset is not None and given[i] is None:
+            seconds = max(0.0, seconds - offset)
+        durations.append(seconds)
+    reasons = filters.reasons(texts, durations)
+    kept = []
+    for i, reason in enumerate(reasons):
+        if isinstance(measured[i], BadAudio):
+            continue
+        if reason is None:
+            kept.append(i)
+        else:
+            dropped.add(reason[0], names[i], reason[1])
+
+    ids, are_recordings = _ids(raw, columns, paths, offsets, folder, split)
+    own = {
+        "id": ids,
+        "text": texts,
+        "speaker": _strings(raw[columns.speaker]) if columns.speaker else [None] * len(raw),
+        "duration_s": durations,
+        "dataset": [dataset_name] * len(raw),
+        "split": [split] * len(raw),
+        "offset_s": offsets,
+        "row": list(range(1, len(raw) + 1)),
+        "recording_id": ids if are_recordings else [None] * len(raw),
+        "num_bytes": sizes,
+    }
+    for name in group_columns(data_args):
+        own[name] = _strings(raw[name]) if name in raw.column_names else [None] * len(raw)
+    kinds = {"duration_s": "float64", "offset_s": "float64", "row": "int64", "num_bytes": "int64"}
+    features = datasets.Features({name: datasets.Value(kinds.get(name, "string")) for name in own})
+    audio = raw.select_columns([columns.audio]).rename_columns({columns.audio: "audio"})
+    rows = datasets.concatenate_datasets([audio, datasets.Dataset.from_dict(own, features=features)], axis=1)
+    return rows.select(kept)
+
+
+def group_columns(data_args):
+    """The group columns that are not in the schema anyway."""
+    return [name for name in data_args.group_columns or [] if name not in SCHEMA]
+
+
+def as_undecoded(raw, column, folder):
+    """Makes the audio column one of undecoded audio, with absolute paths for what lies in files."""
+    import datasets
+
+    if not is_audio(raw.features, column) and raw.features[column].dtype in ("string", "large_string"):
+        if folder is None:
+            raise UserError(
+                f"The column {column} holds text and not audio; name the audio's with --audio_column_name."
+            )
+        audio = [{"bytes": None, "path": find_file(path or "", folder)} for path in raw[column]]
+        kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        undecoded = datasets.Dataset.from_dict({column: audio}, features=datasets.Features({column: kind}))
+        raw = raw.remove_columns([column])
+        others = [raw] if raw.column_names else []
+        raw = datasets.concatenate_datasets([undecoded, *others], axis=1)
+    return raw.cast_column(column, datasets.Audio(decode=False))
+
+
+def to_seconds(value, column, i, dataset_name):
+    """Reads a number of seconds from a manifest, or None from an empty cell."""
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UserError(f"{dataset_name}, row {i + 1}: the {column} {value!r} is not a number of seconds.")
+    return seconds
+
+
+def durations_given(raw, columns, dataset_name):
+    """Reads the duration column, unless its first recordings show that it is not in seconds."""
+    if not columns.duration:
+        return [None] * len(raw)
+    given = [to_seconds(value, columns.duration, i, dataset_name) for i, value in enumerate(raw[columns.duration])]
+    if not columns.offset:
+        for i in range(min(3, len(raw))):
+            audio = raw[i][columns.audio]
+            try:
+                seconds = duration_s(audio["bytes"] if audio["bytes"] is not None else audio["path"])
+            except BadAudio:
+                continue
+            if given[i] is not None and abs(given[i] - seconds) > 0.5 + 0.1 * seconds:
+                logger.warning(
+                    "%s: the column %s says %g where the recording has %.2f s; durations are read from the files.",
+                    dataset_name, columns.duration, given[i], seconds,
+                )
+                return [None] * len(raw)
+    return given
+
+
+def _measure(raw, column, given):
+    """Returns paths, sizes in bytes, and durations or the `BadAudio` that each header shows."""
+    jobs, i = [], 0
+    for batch in raw.select_columns([column]).with_format("arrow").iter(1000):
+        for value in batch[column]:
+            jobs.append((value["bytes"], value["path"].as_py(), given[i]))
+            i += 1
+    # Threads, because on a network file system the time goes by waiting.
+    with ThreadPoolExecutor(8) as threads:
+        measured = list(threads.map(_measure_one, jobs, chunksize=64))
+    return [path for _, path, _ in jobs], [size for size, _ in measured], [seconds for _, seconds in measured]
+
+
+def _measure_one(job):
+    content, path, given = job
+    if content.is_valid:
+        audio = content.as_buffer()
+        size = audio.size
+    elif path:
+        audio = path
+        try:
+            size = os.stat(path).st_size
+        except OSError:
+            return None, BadAudio("no such file")
+    else:
+        return None, BadAudio("neither bytes nor a path")
+    if size == 0:
+        return 0, BadAudio("0 bytes")
+    if given is not None:
+        return size, given
+    try:
+        return size, duration_s(audio if audio is path else audio.to_pybytes())
+    except BadAudio as reason:
+        return size, reason
+
+
+def _ids(raw, columns, paths, offsets, folder, split):
+    """Returns an id for each row, and whether it names the recording (and is not just a row's number)."""
+    if columns.id:
+        ids = [None if value is None else str(value) for value in raw[columns.id]]
+        is_counter = ids in ([str(i) for i in range(len(ids))], [str(i + 1) for i in range(len(ids))])
+        if columns.id_is_given or (len(set(ids)) == len(ids) and not is_counter and None not in ids):
+            return [id or f"{split}-{i + 1}" for i, id in enumerate(ids)], True
+        logger.info("The column %s numbers the rows or repeats itself, so it is not taken for an id.", columns.id)
+    ids = []
+    for i, (path, offset) in enumerate(zip(paths, offsets)):
+        name = os.path.relpath(path, folder) if path and folder else path or f"{split}-{i + 1}"
+        ids.append(name if offset is None else f"{name}@{offset:g}")
+    return ids, False
+
+
+def _strings(values):
+    return [None if value is None or value == "" else str(value) for value in values]

@@ -1,0 +1,87 @@
+"""What a run leaves behind: the model, its record, and a table that says what changed."""
+
+from pathlib import Path
+
+from .models import whisper_of
+from .runs import writing
+
+EXAMPLES = 10
+
+
+def publish(trainer, speech):
+    """Saves the model, the processor and the run's record into the output folder, and prints the result.
+
+    Args:
+        trainer: `SpeechTrainer` after `train_or_resume` and `measure`.
+        speech: what `load_speech` returned.
+
+    Raises:
+        UserError: the folder cannot be written any more; `results.json` has then been written already.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    trainer.write_results(speech)
+    with writing(output_dir):
+        trainer.save_model()
+        if trainer.args.should_save:
+            whisper_of(trainer.model).generation_config.save_pretrained(output_dir)
+    if trainer.is_world_process_zero():
+        print(result_table(trainer.results))
+        print(example_lines(trainer.predictions.values()))
+        print(where_it_lies(trainer))
+
+
+def result_table(results):
+    """Returns the error rates before and after, each with its interval, as lines of text."""
+    lines = [("word error rate", "before", "after")]
+    lines.append(("test", _rate(results.get("before")), _rate(results.get("after"))))
+    for column, values in (results.get("after") or {}).get("groups", {}).items():
+        before = results["before"]["groups"].get(column, {})
+        lines += [(f"  {column}: {value}", _rate(before.get(value)), _rate(rate)) for value, rate in values.items()]
+    retention = results.get("retention", {})
+    if retention:
+        lines.append(("old condition (forgetting)", _rate(retention.get("before")), _rate(retention.get("after"))))
+    width = [max(len(line[i]) for line in lines) for i in range(3)]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines]
+    rule = "─" * (sum(width) + 4)
+    after = results.get("after") or {}
+    note = f"95 % intervals: {after.get('interval', '')}; text normalised by {after.get('normalizer', '')}"
+    train = results.get("train")
+    if train:
+        note += (
+            f"\n{train['steps']} steps on {train['audio_seconds'] / 60:.1f} minutes of audio in "
+            f"{train['seconds']:.0f} s ({train['audio_seconds_per_second']:.0f} times real time)"
+        )
+    return "\n".join(["", rule, rows[0], rule, *rows[1:], rule, note])
+
+
+def example_lines(predictions):
+    """Returns ten test rows as reference, before and after; those that changed come first."""
+    rows = [row for row in predictions if row["set"] == "test" and "before" in row and "after" in row]
+    rows.sort(key=lambda row: row["before"] == row["after"])
+    lines = [""]
+    for row in rows[:EXAMPLES]:
+        lines += [f"reference  {row['text']}", f"before     {row['before']}", f"after      {row['after']}", ""]
+    return "\n".join(lines)
+
+
+def where_it_lies(trainer):
+    """Returns the folder of the model and the line of stock code that loads it."""
+    output_dir = trainer.args.output_dir
+    if hasattr(trainer.model, "peft_config"):
+        base = next(iter(trainer.model.peft_config.values())).base_model_name_or_path
+        kind = "adapter"
+        code = f'PeftModel.from_pretrained(WhisperForConditionalGeneration.from_pretrained("{base}"), "{output_dir}")'
+    else:
+        kind = "model"
+        code = f'WhisperForConditionalGeneration.from_pretrained("{output_dir}")'
+    return (
+        f"The {kind} is in {output_dir}, the results in {output_dir}/results.json, every test row in "
+        f"{output_dir}/predictions.jsonl.\nLoad it with stock code:\n    model = {code}"
+    )
+
+
+def _rate(score):
+    if not score or score.get("wer") is None:
+        return "-"
+    interval = f" ({100 * score['wer_low']:.1f}–{100 * score['wer_high']:.1f})" if score["wer_low"] is not None else ""
+    return f"{100 * score['wer']:.1f} %{interval}"

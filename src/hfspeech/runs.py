@@ -1,0 +1,170 @@
+"""Run records: what was run, on what, by which command; one output folder, one run."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .arguments import NOT_IDENTITY
+from .errors import UserError
+
+RUN_FILE = "run.json"
+RESULTS_FILE = "results.json"
+PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
+_NEEDED_BYTES = 50 * 2**20
+
+
+def open_run(train_args):
+    """Claims the output folder for this run: a new one, or the one in which the same run stopped.
+
+    Two launches are the same run if their settings agree in everything that bears on the result. Only the first
+    process looks and writes.
+
+    Raises:
+        UserError: the folder holds another run, or something else; it cannot be written; its disk is full.
+    """
+    if train_args.process_index:
+        return
+    output_dir = Path(train_args.output_dir)
+    identity = {k: v for k, v in train_args.run_arguments.items() if k not in NOT_IDENTITY}
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {output_dir} ({error.strerror}): choose another folder with --output_dir."
+        ) from None
+    require_space(output_dir, _NEEDED_BYTES)
+    record = output_dir / RUN_FILE
+    if record.exists():
+        earlier = read_json(record)["identity"]
+        differing = [k for k in sorted(identity.keys() | earlier.keys()) if identity.get(k) != earlier.get(k)]
+        if differing:
+            shown = ", ".join(f"{k} {earlier.get(k)!r} there, {identity.get(k)!r} here" for k in differing[:3])
+            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"{output_dir} holds another run ({shown}{more}): choose another --output_dir, or delete that folder."
+            )
+        return
+    foreign = [p.name for p in output_dir.iterdir() if p.name.startswith("checkpoint-") or p.name == RESULTS_FILE]
+    if foreign:
+        raise UserError(
+            f"{output_dir} holds {foreign[0]} of a run that has no {RUN_FILE}: choose another --output_dir."
+        )
+    write_json(record, {"identity": json.loads(json.dumps(identity)), "environment": environment()})
+
+
+def require_space(folder, num_bytes):
+    """Raises a `UserError` unless the disk of `folder` has `num_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"The disk of {folder} has {free / 2**20:.0f} MB free and the run needs about {num_bytes / 2**20:.0f} MB: "
+            "free some space, or choose another folder with --output_dir."
+        )
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """Turns a disk that fills up, or turns read-only, into one sentence; what was written before stays."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Writing to {folder} failed ({error.strerror or error}): free some space and run the same command again "
+            "to go on from the last checkpoint."
+        ) from None
+
+
+def read_json(path):
+    """Reads one JSON file, or says that it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise UserError(f"{path} is damaged or cannot be read: delete its folder, or choose another.") from None
+
+
+def write_json(path, value):
+    """Writes one JSON file whole or not at all."""
+    path = Path(path)
+    with writing(path.parent):
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def write_jsonl(path, rows):
+    """Writes one JSON object a line, whole or not at all."""
+    path = Path(path)
+    with writing(path.parent):
+        part = path.with_name(path.name + ".part")
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(part, path)
+
+
+def environment():
+    """Returns what a result depends on besides its arguments: date, commit, command, hardware and versions."""
+    import torch
+
+    versions = {"python": platform.python_version(), "hfspeech": _version("hfspeech")}
+    versions |= {name: _version(name) for name in PACKAGES}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": _commit(),
+        "command": command(),
+        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus},
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": versions,
+    }
+
+
+def command():
+    """Returns the command line as it was typed, with `accelerate launch` in front where that started it."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    script = os.path.relpath(sys.argv[0]) if os.path.exists(sys.argv[0]) else sys.argv[0]
+    return " ".join(["accelerate launch" if launched else "python", script, *sys.argv[1:]])
+
+
+def peak_rss_bytes():
+    """Returns the most memory that this process has held, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """Returns the commit of the checkout that this package stands in (with `+` if it is changed), or None."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip()
+
+
+def _cpu():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,402 @@
+"""`SpeechTrainer`: transformers' own Seq2SeqTrainer with the loss, the evaluation and the resuming put right."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import shift_tokens_right
+from transformers.trainer_utils import EvalLoopOutput, has_length
+
+from .batching import LengthBucketSampler, LongestFirstSampler
+from .errors import Interrupted, UserError
+from .models import is_quantized, whisper_of
+from .runs import RESULTS_FILE, environment, peak_rss_bytes, read_json, require_space, write_json, write_jsonl, writing
+
+PREDICTIONS_FILE = "predictions.jsonl"
+PROGRESS_FILE = "progress.json"
+ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
+
+logger = logging.getLogger("hfspeech")
+
+
+class SpeechTrainer(Seq2SeqTrainer):
+    """Fine-tunes a Whisper and measures it, before and after, on rows that it is never trained on.
+
+    What differs from `Seq2SeqTrainer`:
+    - the loss is the mean over all target tokens of one optimizer step, whatever the accumulation and the number of
+      processes (transformers inflates it by both for Whisper, transformers#47688);
+    - training batches are of like length, evaluation runs from the longest row to the shortest;
+    - evaluation encodes once, for the loss and for `generate`, and counts each row once under several processes;
+    - `train_or_resume` goes on by itself, and Ctrl-C or SIGTERM saves a checkpoint first;
+    - `measure` keeps what it found in `results.json` and `predictions.jsonl` as soon as it is known.
+
+    Args:
+        model: `WhisperForConditionalGeneration`, or a `PeftModel` of one.
+        args: `SpeechTrainingArguments`.
+        train_dataset, eval_dataset: as `load_speech` returns them.
+        data_collator: `WhisperCollator`.
+        compute_metrics: callable that takes a list of rows (dicts with `text`, `prediction` and the dataset's columns)
+            and returns a dict with at least `wer` and `cer`.
+        processing_class: `WhisperProcessor`.
+    """
+
+    # compute_loss divides by the tokens of the whole optimizer step, so Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, args, train_dataset, eval_dataset, data_collator, compute_metrics, processing_class):
+        if is_quantized(model) and not hasattr(model, "peft_config"):
+            raise UserError("Weights in 8 or 4 bits cannot be trained themselves: use the LoRA recipe, or leave it out.")
+        if train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
+            raise UserError("A streamed dataset has no length: say how long to train with --max_steps.")
+        self.stop_request = _StopRequest()
+        callbacks = [_SpeechCallback(self)]
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
+        self.results_file = Path(args.output_dir) / RESULTS_FILE
+        self.results = read_json(self.results_file) if self.results_file.exists() else {}
+        self.predictions = _read_predictions(Path(args.output_dir) / PREDICTIONS_FILE)
+        self._progress = {"seconds": 0.0, "audio_seconds": 0.0}
+        self._bad_audio = {}
+        self._stage = "train"
+        for choice in args.choices:
+            logger.info(choice)
+
+    # Loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Returns the cross-entropy summed over this batch's target tokens, divided by those of the whole step.
+
+        Under several processes `num_items_in_batch` counts the tokens of all of them, and DDP averages the gradients,
+        hence the factor `num_processes`.
+        """
+        self._account(inputs)
+        labels = inputs["labels"]
+        logits = model(
+            input_features=inputs["input_features"],
+            decoder_input_ids=self._decoder_input_ids(labels),
+            use_cache=False,
+        ).logits
+        loss = _summed_cross_entropy(logits, labels, self.args.label_smoothing_factor)
+        if num_items_in_batch is None:
+            return loss / labels.ne(-100).sum()
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss / num_items_in_batch * scale
+
+    def _decoder_input_ids(self, labels):
+        config = whisper_of(self.accelerator.unwrap_model(self.model)).config
+        return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+
+    def _account(self, batch):
+        """Adds up the audio trained on, and stops at a broken recording or remembers it."""
+        if self._stage == "train":
+            self._progress["audio_seconds"] += sum(batch["duration_s"])
+        for sentence in batch["bad_audio"]:
+            if self.data_collator.on_bad_audio == "error":
+                raise UserError(f"{sentence}. Leave such rows out with --on_bad_audio skip.")
+            if sentence not in self._bad_audio.setdefault(self._stage, {}):
+                logger.warning("left out: %s", sentence)
+            self._bad_audio[self._stage][sentence] = True
+        if "labels" not in batch:
+            raise UserError(f"No row of a whole batch can be decoded, the first one is: {batch['bad_audio'][0]}.")
+
+    # Batches
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not has_length(dataset):
+            return None
+        global_batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.train_sampler = LengthBucketSampler(dataset.column("duration_s"), global_batch, seed)
+        return self.train_sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        return LongestFirstSampler(eval_dataset.column("duration_s")) if has_length(eval_dataset) else None
+
+    # Evaluation
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Encodes each batch once, takes the loss and the generated text from it, and scores each row once."""
+        started, stage, self._stage = time.time(), self._stage, metric_key_prefix
+        model = self.accelerator.unwrap_model(self.model).eval()
+        whisper = whisper_of(model)
+        tokenizer = self.processing_class.tokenizer
+        options = {"num_beams": self.args.generation_num_beams, "max_length": self.args.generation_max_length}
+        options = {name: value for name, value in options.items() if value is not None}
+        found = []
+        for batch in dataloader:
+            self._account(batch)
+            features = batch["input_features"].to(self.args.device, whisper.dtype)
+            labels = batch["labels"].to(self.args.device)
+            with torch.no_grad(), self.accelerator.autocast():
+                encoded = whisper.model.encoder(features).last_hidden_state
+                logits = whisper(
+                    encoder_outputs=BaseModelOutput(encoded), decoder_input_ids=self._decoder_input_ids(labels)
+                ).logits
+                tokens = whisper.generate(encoder_outputs=BaseModelOutput(encoded), **options)
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            losses = [_summed_cross_entropy(row, label).item() for row, label in zip(logits, labels)]
+            counts = labels.ne(-100).sum(dim=1).tolist()
+            # A batch without a good row repeats an earlier one, which zip leaves out here: it has no index.
+            found += zip(batch["index"], texts, losses, counts)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            if self.stop_request.received and self.args.world_size == 1:
+                raise KeyboardInterrupt
+        # Processes pad the last batch with rows of the first: the index keeps one of each.
+        by_index = {index: rest for index, *rest in gather_object(found)}
+        rows = [
+            {**dataloader.dataset.record(index), "prediction": text.strip()}
+            for index, (text, _, _) in sorted(by_index.items())
+        ]
+        if not rows:
+            raise UserError("Nothing is left to evaluate: every row of the split is unreadable.")
+        score = self.compute_metrics(rows)
+        loss = sum(loss for _, loss, _ in by_index.values()) / sum(count for *_, count in by_index.values())
+        self.last_evaluation = {"loss": loss, **score}, rows
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        metrics |= {f"{metric_key_prefix}_{k}": v for k, v in score.items() if isinstance(v, float) and k in _LOGGED}
+        self._stage = stage
+        self._evaluation_seconds = getattr(self, "_evaluation_seconds", 0.0) + time.time() - started
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def measure(self, when, speech):
+        """Scores the test rows, and those of the old condition, `before` or `after` training.
+
+        What it finds goes into `results.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`.
+
+        Args:
+            when: `before` or `after`.
+            speech: what `load_speech` returned.
+        """
+        for split in ("test", "retention"):
+            place = self.results if split == "test" else self.results.setdefault("retention", {})
+            if split not in speech or (when == "before" and when in place):
+                continue
+            logger.info("Measuring %s rows %s training", split, when)
+            with self._stoppable():
+                self.evaluate(speech[split], metric_key_prefix=f"{when}_{split}")
+            place[when], rows = self.last_evaluation
+            for row in rows:
+                entry = self.predictions.setdefault((split, row["index"]), {"set": split, "row": row["index"]})
+                entry |= {k: v for k, v in row.items() if k not in ("prediction", "index") and v is not None}
+                entry[when] = row["prediction"]
+            self.write_results(speech)
+
+    def write_results(self, speech):
+        """Writes everything known so far to `results.json` and `predictions.jsonl`, whole or not at all."""
+        bad_audio = {}
+        for found in gather_object([self._bad_audio]):
+            for stage, sentences in found.items():
+                bad_audio.setdefault(stage, {}).update(sentences)
+        self.results["rows"] = {
+            **{split: len(rows) if has_length(rows) else None for split, rows in speech.items()},
+            "account": speech.account,
+            "bad_audio": {stage: {"count": len(s), "examples": list(s)[:3]} for stage, s in bad_audio.items()},
+        }
+        self.results["environment"] = environment()
+        self.results["arguments"] = self.args.run_arguments
+        if self.args.process_index == 0:
+            write_json(self.results_file, self.results)
+            write_jsonl(self.results_file.with_name(PREDICTIONS_FILE), self.predictions.values())
+
+    # Training
+
+    def train_or_resume(self):
+        """Trains to the end, from the last whole checkpoint of this run if there is one.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved and the sentence says how to go on.
+            UserError: the disk is full, the GPU is too small, or the loss is no longer a number.
+        """
+        checkpoint = self._checkpoint_to_resume()
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        state = sum(p.numel() for p in self.model.parameters() if p.requires_grad) * ADAM_BYTES_PER_PARAMETER
+        require_space(self.args.output_dir, (weights + state) * ((self.args.save_total_limit or 2) + 1))
+        if checkpoint:
+            logger.info("Going on from %s", checkpoint)
+            self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
+        self._started, self._evaluation_seconds = time.time(), 0.0
+        with self._stoppable(), writing(self.args.output_dir):
+            try:
+                self.train(resume_from_checkpoint=checkpoint)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"The GPU ran out of memory at step {self.state.global_step}: halve --per_device_train_batch_size "
+                    "and double --gradient_accumulation_steps."
+                ) from None
+        if self.stop_request.received:
+            raise Interrupted(
+                f"Stopped at step {self.state.global_step} of {self.state.max_steps}; checkpoint-{self.state.global_step} "
+                f"is saved in {self.args.output_dir}. Run the same command again to go on."
+            )
+        progress = self._progress_now()
+        self.results["train"] = {
+            "steps": self.state.global_step,
+            "best_step": self.state.best_global_step or self.state.global_step,
+            "seconds": progress["seconds"],
+            "audio_seconds": progress["audio_seconds"],
+            "audio_seconds_per_second": progress["audio_seconds"] / max(progress["seconds"], 1e-9),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "log": [entry for entry in self.state.log_history if "loss" in entry or "eval_loss" in entry],
+        }
+
+    def _checkpoint_to_resume(self):
+        given = self.args.resume_from_checkpoint
+        if given:
+            if not is_whole_checkpoint(given):
+                raise UserError(
+                    f"--resume_from_checkpoint {given} is not a whole checkpoint: leave the flag out to go on from the "
+                    "last whole one."
+                )
+            return given
+        return last_checkpoint(self.args.output_dir)
+
+    def _progress_now(self):
+        """Returns the seconds spent training (evaluation left out) and the audio seen by all processes, so far."""
+        audio = torch.tensor(self._progress["audio_seconds"], dtype=torch.float64, device=self.args.device)
+        return {
+            "seconds": self._progress["seconds"] + time.time() - self._started - self._evaluation_seconds,
+            "audio_seconds": self.accelerator.reduce(audio, "sum").item(),
+        }
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        progress = self._progress_now()
+        # Every process resumes with its share, so that the sum over the processes is right again.
+        progress["audio_seconds"] /= self.args.world_size
+        with writing(self.args.output_dir):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / PROGRESS_FILE, progress)
+            super()._save_checkpoint(model, trial)
+
+    def _stoppable(self):
+        return _Stoppable(self)
+
+
+_LOGGED = ("wer", "cer")
+
+
+class _StopRequest:
+    """Remembers that Ctrl-C or SIGTERM came; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = False
+        self.process = os.getpid()
+
+    def __call__(self, signum, frame):
+        if os.getpid() != self.process:  # a dataloader worker, which Ctrl-C reaches too; it ends with its parent
+            return
+        if self.received:
+            raise SystemExit(128 + signum)
+        self.received = True
+        logger.warning("Stopping after this step: saving a checkpoint (once more to stop at once, without saving)")
+
+
+class _Stoppable:
+    """While open, Ctrl-C and SIGTERM ask for a stop; an evaluation cut short ends in a saved checkpoint."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def __enter__(self):
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {number: signal.signal(number, self.trainer.stop_request) for number in signals}
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if kind is not KeyboardInterrupt:
+            return
+        trainer = self.trainer
+        step = trainer.state.global_step
+        if trainer.is_in_train and step and last_checkpoint(trainer.args.output_dir, step) is None:
+            trainer._save_checkpoint(trainer.model, None)
+        saved = f"checkpoint-{step} is saved in {trainer.args.output_dir}" if step else "nothing had been trained yet"
+        raise Interrupted(f"Stopped at step {step} while evaluating; {saved}. Run the same command again to go on.") from None
+
+
+class _SpeechCallback(TrainerCallback):
+    """Sets each epoch's row order, hears the request to stop, and ends a run whose loss is no longer a number."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch or 0)
+        for holder in (getattr(self.trainer, "train_sampler", None), self.trainer.train_dataset):
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.trainer.stop_request.received
+        if args.world_size > 1:  # a signal may reach the processes at different steps
+            stop = self.trainer.accelerator.reduce(torch.tensor(float(stop), device=args.device), "max").item() > 0
+            self.trainer.stop_request.received = stop
+        if stop:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise UserError(
+                f"The loss at step {state.global_step} is {logs['loss']}: lower --learning_rate; the checkpoints in "
+                f"{args.output_dir} are kept."
+            )
+
+
+def last_checkpoint(output_dir, step=None):
+    """Returns the newest whole checkpoint folder (or that of one step) as a str, or None; half-written ones go away."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    for folder in sorted(folders, key=lambda p: -int(p.name.split("-")[1])):
+        if step is not None and folder.name != f"checkpoint-{step}":
+            continue
+        if is_whole_checkpoint(folder):
+            return str(folder)
+        logger.warning("%s is half-written: it is left out", folder)
+    return None
+
+
+def is_whole_checkpoint(folder):
+    """Tells whether a checkpoint was written to its end: Trainer writes its state last."""
+    folder = Path(folder)
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return (folder / PROGRESS_FILE).exists() and (folder / "optimizer.pt").exists()
+
+
+def _summed_cross_entropy(logits, labels, label_smoothing=0.0):
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
+    )
+
+
+def _read_predictions(path):
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(row["set"], row["row"]): row for row in rows}
