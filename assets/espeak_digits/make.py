@@ -59,14 +59,10 @@ class Espeak:
 
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         synchronous = 2
-        self.native_rate = self.library.espeak_Initialize(
-            synchronous, 0, espeakng_loader.get_data_path().encode(), 0
-        )
+        self.native_rate = self.library.espeak_Initialize(synchronous, 0, espeakng_loader.get_data_path().encode(), 0)
         if self.native_rate <= 0:
             raise RuntimeError("espeak-ng did not start. Type `pip install --force-reinstall espeakng-loader`.")
-        callback_type = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )
+        callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self.callback = callback_type(self.collect)  # the library keeps no reference of its own
         self.library.espeak_SetSynthCallback(self.callback)
         self.chunks = []
@@ -137,7 +133,11 @@ def speak_digits(espeak, rng, text, voice, degraded):
             pieces = []
             for word in text.split():
                 spoken = espeak.speak(
-                    word, voice, seed, min(rate_wpm * rng.uniform(0.85, 1.2), 400), pitch + rng.uniform(-8, 8),
+                    word,
+                    voice,
+                    seed,
+                    min(rate_wpm * rng.uniform(0.85, 1.2), 400),
+                    pitch + rng.uniform(-8, 8),
                     pitch_range,
                 )
                 pieces += [spoken * rng.uniform(0.6, 1), np.zeros(int(gap_s * rng.uniform(0, 1) * SAMPLING_RATE))]

@@ -78,7 +78,11 @@ def make_row(folder, split, number, seed, new_voice):
     audio *= rng.uniform(0.3, 0.9) / np.abs(audio).max()
     file_name = f"{number:05d}.ogg"
     soundfile.write(
-        folder / file_name, audio, SAMPLING_RATE, format="OGG", subtype="OPUS",
+        folder / file_name,
+        audio,
+        SAMPLING_RATE,
+        format="OGG",
+        subtype="OPUS",
         compression_level=OGG_COMPRESSION_LEVEL,
     )
     condition = "new voice" if new_voice else "seen voice"

@@ -1,13 +1,14 @@
 """Teach Whisper your recordings by training a small adapter (LoRA) and leaving the model itself alone.
 
-    accelerate launch recipes/whisper_lora/run.py                                  # args.yaml beside this file
-    accelerate launch recipes/whisper_lora/run.py recipes/whisper_lora/demo.yaml   # another arguments file
-    accelerate launch recipes/whisper_lora/run.py --learning_rate 1e-4             # flags win over the file
+accelerate launch recipes/whisper_lora/run.py                                  # args.yaml beside this file
+accelerate launch recipes/whisper_lora/run.py recipes/whisper_lora/demo.yaml   # another arguments file
+accelerate launch recipes/whisper_lora/run.py --learning_rate 1e-4             # flags win over the file
 """
 
 from transformers import set_seed
 
 from hfspeech.arguments import DataArguments, LoraArguments, SpeechTrainingArguments, WhisperArguments, parse
+from hfspeech.augment import augment
 from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech
 from hfspeech.errors import explain_errors
@@ -33,8 +34,9 @@ def main():
     model, processor = load_whisper(model_args)
     model = add_lora(model, lora_args)
 
-    # Data: train, validation and test rows, checked, not yet decoded.
-    speech = load_speech(data_args, processor, train_args.seed)
+    # Data: train, validation and test rows, checked, not yet decoded; only training rows are ever changed.
+    speech = load_speech(data_args, processor, train_args.seed, model.config.max_target_positions)
+    speech["train"] = augment(speech["train"], data_args.speed_perturbation, processor, train_args.seed)
 
     # Trainer: the ordinary Seq2SeqTrainer, plus length bucketing, a loss that is right and a record of the run.
     trainer = SpeechTrainer(

@@ -95,7 +95,10 @@ class WhisperArguments:
     )
     task: str = field(
         default="transcribe",
-        metadata={"help": "Write the words as spoken, or translate into English.", "choices": ["transcribe", "translate"]},
+        metadata={
+            "help": "Write the words as spoken, or translate into English.",
+            "choices": ["transcribe", "translate"],
+        },
     )
     timestamps: bool = field(
         default=False, metadata={"help": "Train and decode with the start and end time of every utterance."}
@@ -169,6 +172,10 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better WER."}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run remembers how patient early stopping has been."}
+    )
+    log_level: str = field(default="error", metadata={"help": "How much transformers itself says."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate on generated text."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows in an evaluation batch."})
     dataloader_num_workers: int = field(
@@ -188,7 +195,12 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise UserError("Say where the run may write with --output_dir FOLDER.")
+        if self.hub_token:  # every checkpoint would hold it, readable
+            raise UserError("--hub_token is not taken: type `hf auth login` once, or set HF_TOKEN.")
         self.choices = []
+        if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            self.use_cpu = True  # else each of the processes would run alone and unaware of the others
+            self.choices.append("processes on the CPU, joined by gloo: no GPU")
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = False, False
             if self.use_cpu or not torch.cuda.is_available():
@@ -205,6 +217,9 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_num_workers()
             self.choices.append(f"{self.dataloader_num_workers} dataloader workers: from the number of cores")
+        if self.accelerator_config is None:
+            # Every process reads a stream itself: accelerate's dispatcher can send tensors only.
+            self.accelerator_config = {"dispatch_batches": False}
         self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
         self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
@@ -224,6 +239,9 @@ NOT_IDENTITY = {
     "logging_strategy", "logging_first_step", "save_total_limit", "resume_from_checkpoint", "per_device_eval_batch_size",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "project", "trackio_space_id",
 }  # fmt: skip
+
+# Settings that have a default and where null says something else: keep every checkpoint.
+MAY_BE_NULL = {"save_total_limit"}
 
 
 def parse(recipe_file, *dataclass_types, argv=None):
@@ -278,14 +296,19 @@ class _Parser(HfArgumentParser):
 def parse_arguments(settings, flags, dataclass_types, source="the arguments file"):
     """Fills the dataclasses from a dict of settings and a list of flags; see `parse`."""
     parser = _Parser(dataclass_types, allow_abbrev=False, add_help=True, prog="run.py [ARGS.yaml]")
-    known = {f.name for dtype in dataclass_types for f in dataclasses.fields(dtype) if f.init}
+    fields = {f.name: f for dtype in dataclass_types for f in dataclasses.fields(dtype) if f.init}
+    known = set(fields)
     faults, tokens = [], []
 
     for name, value in settings.items():
         if name not in known:
             faults.append(f"{source}: there is no setting {name!r}.{nearest(name, known)}")
         elif value is not None:
-            tokens.append((str(source), [f"--{name}", *_as_tokens(value)]))
+            tokens.append((str(source), _as_tokens(name, value)))
+        elif fields[name].default is not None and name not in MAY_BE_NULL:
+            faults.append(f"{source}: {name} cannot be null. Leave the line out for {parser.get_default(name)}.")
+        else:
+            parser.set_defaults(**{name: None})
     for group in _group_flags(flags):
         name = group[0].partition("=")[0].lstrip("-").replace("-", "_")
         if not group[0].startswith("--"):
@@ -296,7 +319,9 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
             faults.append(f"Command line: there is no setting --{name}.{nearest(name, known)}")
     for where, group in tokens:
         try:
-            parser.parse_known_args(group)
+            _, stray = parser.parse_known_args(group)
+            if stray:
+                faults.append(f"{where}: {' '.join(stray)!r} belongs to no setting. Write --name value.")
         except UserError as error:
             faults.append(f"{where}: {str(error).removeprefix('argument ')}.")
     if faults:
@@ -330,12 +355,10 @@ def _group_flags(flags):
     return groups
 
 
-def _as_tokens(value):
-    if isinstance(value, dict):
-        return [json.dumps(value)]
+def _as_tokens(name, value):
     if isinstance(value, list):
-        return [str(v) for v in value]
-    return [str(value)]
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _is_plain(value):

@@ -54,9 +54,7 @@ def decode(audio, sampling_rate=SAMPLING_RATE, offset_s=None, num_s=None):
     if len(waveform) == 0:
         raise BadAudio("0 samples")
     if num_s is not None and len(waveform) < (num_s - _SEGMENT_SLACK_S) * from_rate:
-        raise BadAudio(
-            f"the segment of {num_s:g} s at {offset_s or 0:g} s ends after the recording does"
-        )
+        raise BadAudio(f"the segment of {num_s:g} s at {offset_s or 0:g} s ends after the recording does")
     if not np.isfinite(waveform).all():
         raise BadAudio("NaN or infinite samples")
     if not waveform.any():
@@ -110,7 +108,7 @@ def write(path, waveform, sampling_rate=SAMPLING_RATE):
     suffix = os.path.splitext(path)[1].lstrip(".").upper()
     format, subtype = ("OGG", "OPUS") if suffix == "OPUS" else (suffix, None)
     if format not in soundfile.available_formats():
-        raise UserError(f"{path}: cannot write audio with the suffix .{suffix.lower()}; use .wav, .flac, .mp3 or .ogg.")
+        raise UserError(f"{path}: cannot write audio with the suffix .{suffix.lower()}; use .wav, .flac or .mp3.")
     soundfile.write(path, np.asarray(waveform), sampling_rate, format=format, subtype=subtype)
 
 

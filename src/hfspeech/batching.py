@@ -102,7 +102,9 @@ class LengthBucketSampler(torch.utils.data.Sampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         pools = order.split(self.batch_size * self.pool_batches)
-        batches = [b for pool in pools for b in pool[self.lengths[pool].argsort(descending=True)].split(self.batch_size)]
+        batches = [
+            b for pool in pools for b in pool[self.lengths[pool].argsort(descending=True)].split(self.batch_size)
+        ]
         # A short batch, if there is one, stays last, so that every other batch keeps its rows together.
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         drawn = [batches[i] for i in torch.randperm(len(batches), generator=generator)] + last

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 
 
 class UserError(Exception):
@@ -34,8 +35,11 @@ def explain_errors(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
+            from tqdm import tqdm
+
             rank = int(os.environ.get("RANK", 0))
-            print(f"process {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+            # Not print: the sentence would stand at the end of a progress bar.
+            tqdm.write(f"process {rank}: {error}" if rank else str(error), file=sys.stderr)
             sys.exit(error.exit_code)
 
     return wrapper
@@ -55,4 +59,6 @@ def _show_progress_notes():
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("hfspeech")
     logger.handlers, logger.propagate = [handler], False
+    # Libraries warn one another through the user's terminal, who can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logger.setLevel(logging.WARNING if int(os.environ.get("RANK", 0)) else logging.INFO)

@@ -40,11 +40,10 @@ def load_whisper(model_args):
             setattr(config, name, getattr(model_args, name))
         if model_args.dropout is not None:
             config.dropout = model_args.dropout
-        processor = WhisperProcessor.from_pretrained(source, revision=revision)
+        processor = _processor(source, revision)
         if model_args.config_name:
             config._attn_implementation = model_args.attn_implementation
             model = WhisperForConditionalGeneration(config)
-            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
         else:
             model = WhisperForConditionalGeneration.from_pretrained(
                 source,
@@ -54,6 +53,8 @@ def load_whisper(model_args):
                 attn_implementation=model_args.attn_implementation,
                 quantization_config=quantization,
             )
+        # Stock loading makes one up if the file is damaged.
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
     set_language(model, processor, model_args.language, model_args.task, model_args.timestamps)
     if model_args.freeze_encoder:
         model.freeze_encoder()
@@ -87,16 +88,18 @@ def load_for_inference(name_or_path, revision="main", language=None, task=None):
             with contextlib.suppress(OSError):  # an adapter saved by another tool may have no generation config
                 model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
             try:
-                processor = WhisperProcessor.from_pretrained(source, revision=revision)
+                processor = _processor(source, revision)
             except OSError:
-                processor = WhisperProcessor.from_pretrained(base, revision=adapter.get("revision") or "main")
+                processor = _processor(base, adapter.get("revision") or "main")
         else:
             config = _whisper_config(source, revision)
             model = WhisperForConditionalGeneration.from_pretrained(source, config=config, revision=revision)
-            processor = WhisperProcessor.from_pretrained(source, revision=revision)
+            processor = _processor(source, revision)
     generation = model.generation_config
     if language or task:
-        set_language(model, processor, language or generation.language, task or generation.task or "transcribe", False)
+        language = language or getattr(generation, "language", None)
+        task = task or getattr(generation, "task", None) or "transcribe"
+        set_language(model, processor, language, task, bool(getattr(generation, "return_timestamps", False)))
     return model.eval().to(best_device()), processor
 
 
@@ -180,7 +183,9 @@ def set_language(model, processor, language, task, timestamps):
     generation.forced_decoder_ids = None
     if not getattr(generation, "is_multilingual", True):
         if language and language_code(language) != "en":
-            raise UserError(f"--language {language}: this model is English only; leave --language out or pick another.")
+            raise UserError(
+                f"--language {language}: this model is English only; leave --language out or pick another."
+            )
         if task == "translate":
             raise UserError("--task translate: this model is English only; start from a multilingual Whisper.")
         # An English-only Whisper has neither a language nor a task token, and generate refuses both settings.
@@ -224,12 +229,15 @@ def loading(source, revision="main"):
     import safetensors
     from huggingface_hub import errors as hub
 
+    transformers.utils.logging.disable_progress_bar()  # a bar for reading a local file; downloads have their own
     try:
         yield
     except UserError:
         raise
     except (safetensors.SafetensorError, EOFError, json.JSONDecodeError) as error:
-        raise UserError(f"{source} is half-written or damaged ({_first_line(error)}): copy or download it again.") from None
+        raise UserError(
+            f"{source} is half-written or damaged ({_first_line(error)}): copy or download it again."
+        ) from None
     except (OSError, ValueError, RuntimeError, KeyError, hub.HfHubHTTPError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
@@ -248,7 +256,9 @@ def loading(source, revision="main"):
         elif names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
             problem = f"Cannot reach the Hub for {source}, and no copy is in the cache: check the network"
         elif Path(source).exists():
-            problem = f"{source} is not a complete Whisper ({_first_line(error)}): give a folder that holds a whole model"
+            problem = (
+                f"{source} is not a complete Whisper ({_first_line(error)}): give a folder that holds a whole model"
+            )
         else:
             problem = f"Cannot load {source} ({_first_line(error)}): check the name and the access"
         raise UserError(problem + ".") from None
@@ -260,11 +270,22 @@ def _first_line(error):
 
 def _whisper_config(source, revision):
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-        raise UserError(f"{source} holds no config.json, so it is not a model: give a folder that holds a whole model.")
+        raise UserError(
+            f"{source} holds no config.json, so it is not a model: give a folder that holds a whole model."
+        )
     config = AutoConfig.from_pretrained(source, revision=revision)
     if config.model_type != "whisper":
-        raise UserError(f"{source} is a {config.model_type} model, not a Whisper: give one such as openai/whisper-small.")
+        raise UserError(
+            f"{source} is a {config.model_type} model, not a Whisper: give one such as openai/whisper-small."
+        )
     return config
+
+
+def _processor(source, revision):
+    processor = WhisperProcessor.from_pretrained(source, revision=revision)
+    if "<|startoftranscript|>" not in processor.tokenizer.get_vocab():  # stock loading makes up an empty tokenizer
+        raise OSError("its tokenizer is missing")
+    return processor
 
 
 def _read_adapter_config(source, revision):
@@ -289,3 +310,18 @@ def _quantization_config(model_args):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def quiet_transformers():
+    """Leaves stderr to what the user has to know."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def enough_memory(advice="halve --batch_size"):
+    """Turns a GPU that is too small into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"The GPU ran out of memory: {advice}.") from None

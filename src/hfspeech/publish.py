@@ -33,13 +33,17 @@ def publish(trainer, speech):
 def result_table(results):
     """Returns the error rates before and after, each with its interval, as lines of text."""
     lines = [("word error rate", "before", "after")]
-    lines.append(("test", _rate(results.get("before")), _rate(results.get("after"))))
+    lines.append(("test", rate_text(results.get("before")), rate_text(results.get("after"))))
     for column, values in (results.get("after") or {}).get("groups", {}).items():
         before = results["before"]["groups"].get(column, {})
-        lines += [(f"  {column}: {value}", _rate(before.get(value)), _rate(rate)) for value, rate in values.items()]
+        lines += [
+            (f"  {column}: {value}", rate_text(before.get(value)), rate_text(rate)) for value, rate in values.items()
+        ]
     retention = results.get("retention", {})
     if retention:
-        lines.append(("old condition (forgetting)", _rate(retention.get("before")), _rate(retention.get("after"))))
+        lines.append(
+            ("old condition (forgetting)", rate_text(retention.get("before")), rate_text(retention.get("after")))
+        )
     width = [max(len(line[i]) for line in lines) for i in range(3)]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines]
     rule = "─" * (sum(width) + 4)
@@ -80,8 +84,14 @@ def where_it_lies(trainer):
     )
 
 
-def _rate(score):
-    if not score or score.get("wer") is None:
+def rate_text(score, name="wer"):
+    """Returns one rate of a score with its interval, such as `12.3 % (10.1–14.2)`; `-` where there is none."""
+    if not score or score.get(name) is None:
         return "-"
-    interval = f" ({100 * score['wer_low']:.1f}–{100 * score['wer_high']:.1f})" if score["wer_low"] is not None else ""
-    return f"{100 * score['wer']:.1f} %{interval}"
+    low, high = score[f"{name}_low"], score[f"{name}_high"]
+    return percent(score[name]) + (f" ({100 * low:.1f}–{100 * high:.1f})" if low is not None else "")
+
+
+def percent(rate):
+    """Returns a fraction as text, such as `12.3 %`."""
+    return f"{100 * rate:.1f} %"

@@ -2,11 +2,14 @@
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +23,7 @@ RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
 _NEEDED_BYTES = 50 * 2**20
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def open_run(train_args):
@@ -35,18 +39,14 @@ def open_run(train_args):
         return
     output_dir = Path(train_args.output_dir)
     identity = {k: v for k, v in train_args.run_arguments.items() if k not in NOT_IDENTITY}
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to {output_dir} ({error.strerror}): choose another folder with --output_dir."
-        ) from None
+    claim_folder(output_dir)
     require_space(output_dir, _NEEDED_BYTES)
     record = output_dir / RUN_FILE
     if record.exists():
-        earlier = read_json(record)["identity"]
+        try:
+            earlier = read_json(record)["identity"]
+        except (KeyError, TypeError):
+            raise UserError(f"{record} is not the record of a run: choose another --output_dir.") from None
         differing = [k for k in sorted(identity.keys() | earlier.keys()) if identity.get(k) != earlier.get(k)]
         if differing:
             shown = ", ".join(f"{k} {earlier.get(k)!r} there, {identity.get(k)!r} here" for k in differing[:3])
@@ -63,6 +63,16 @@ def open_run(train_args):
     write_json(record, {"identity": json.loads(json.dumps(identity)), "environment": environment()})
 
 
+def claim_folder(folder, flag="--output_dir"):
+    """Makes a folder and sees that it can be written, before any work is done for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder} ({error.strerror}): choose another place with {flag}.") from None
+
+
 def require_space(folder, num_bytes):
     """Raises a `UserError` unless the disk of `folder` has `num_bytes` free."""
     free = shutil.disk_usage(folder).free
@@ -76,13 +86,30 @@ def require_space(folder, num_bytes):
 @contextlib.contextmanager
 def writing(folder):
     """Turns a disk that fills up, or turns read-only, into one sentence; what was written before stays."""
+    import safetensors
+
     try:
         yield
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        fault = _disk_fault(error)
+        if fault is None:
+            raise
         raise UserError(
-            f"Writing to {folder} failed ({error.strerror or error}): free some space and run the same command again "
+            f"Writing to {folder} failed ({fault}): free some space and run the same command again "
             "to go on from the last checkpoint."
         ) from None
+
+
+def _disk_fault(error):
+    """Returns what is wrong with the disk if an error says that, else None."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _DISK_FAULTS else None
+    code = re.search(r"os error (\d+)", str(error))  # safetensors puts the number into its own error
+    if code:
+        return os.strerror(int(code[1])) if int(code[1]) in _DISK_FAULTS else None
+    # torch.save loses the reason: what it wrote is shorter than it should be.
+    unwritten = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
+    return "a file could not be written to its end" if unwritten else None
 
 
 def read_json(path):
@@ -120,7 +147,7 @@ def environment():
     versions |= {name: _version(name) for name in PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "command": command(),
         "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus},
@@ -133,7 +160,7 @@ def command():
     """Returns the command line as it was typed, with `accelerate launch` in front where that started it."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     script = os.path.relpath(sys.argv[0]) if os.path.exists(sys.argv[0]) else sys.argv[0]
-    return " ".join(["accelerate launch" if launched else "python", script, *sys.argv[1:]])
+    return shlex.join([*(("accelerate", "launch") if launched else ("python",)), script, *sys.argv[1:]])
 
 
 def peak_rss_bytes():

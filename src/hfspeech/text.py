@@ -1,7 +1,7 @@
 """Text normalisers: what counts as the same word when a transcript is scored."""
 
 import unicodedata
-from typing import Callable
+from collections.abc import Callable
 
 from .errors import UserError, nearest
 

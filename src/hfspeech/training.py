@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from transformers.trainer_utils import EvalLoopOutput, has_length
@@ -54,7 +54,9 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def __init__(self, model, args, train_dataset, eval_dataset, data_collator, compute_metrics, processing_class):
         if is_quantized(model) and not hasattr(model, "peft_config"):
-            raise UserError("Weights in 8 or 4 bits cannot be trained themselves: use the LoRA recipe, or leave it out.")
+            raise UserError(
+                "Weights in 8 or 4 bits cannot be trained themselves: use the LoRA recipe, or leave it out."
+            )
         if train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
             raise UserError("A streamed dataset has no length: say how long to train with --max_steps.")
         self.stop_request = _StopRequest()
@@ -71,6 +73,8 @@ class SpeechTrainer(Seq2SeqTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(_ProgressLines)
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
         self.results_file = Path(args.output_dir) / RESULTS_FILE
         self.results = read_json(self.results_file) if self.results_file.exists() else {}
@@ -143,8 +147,11 @@ class SpeechTrainer(Seq2SeqTrainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         whisper = whisper_of(model)
         tokenizer = self.processing_class.tokenizer
-        options = {"num_beams": self.args.generation_num_beams, "max_length": self.args.generation_max_length}
-        options = {name: value for name, value in options.items() if value is not None}
+        # Without max_length a generation config that does not say would stop after 20 tokens.
+        options = {"max_length": self.args.generation_max_length or whisper.config.max_target_positions}
+        if self.args.generation_num_beams:
+            options["num_beams"] = self.args.generation_num_beams
+        self.callback_handler.eval_dataloader = dataloader  # for the length of the progress bar
         found = []
         for batch in dataloader:
             self._account(batch)
@@ -335,7 +342,9 @@ class _Stoppable:
         if trainer.is_in_train and step and last_checkpoint(trainer.args.output_dir, step) is None:
             trainer._save_checkpoint(trainer.model, None)
         saved = f"checkpoint-{step} is saved in {trainer.args.output_dir}" if step else "nothing had been trained yet"
-        raise Interrupted(f"Stopped at step {step} while evaluating; {saved}. Run the same command again to go on.") from None
+        raise Interrupted(
+            f"Stopped at step {step} while evaluating; {saved}. Run the same command again to go on."
+        ) from None
 
 
 class _SpeechCallback(TrainerCallback):
@@ -365,6 +374,21 @@ class _SpeechCallback(TrainerCallback):
                 f"The loss at step {state.global_step} is {logs['loss']}: lower --learning_rate; the checkpoints in "
                 f"{args.output_dir} are kept."
             )
+
+
+class _ProgressLines(ProgressCallback):
+    """The progress bar, with a line of words for each figure that is logged."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "eval_wer" in logs:
+            text = f"validation WER {100 * logs['eval_wer']:.1f} %, loss {logs['eval_loss']:.3f}"
+        elif "loss" in logs:
+            text = f"loss {logs['loss']:.3f}, gradient norm {logs['grad_norm']:.2f}"
+        else:
+            return
+        self.training_bar.write(f"step {state.global_step:5d}  {text}")
 
 
 def last_checkpoint(output_dir, step=None):

@@ -22,6 +22,8 @@ def check_leaks(splits):
     names = list(splits)
     for i, name in enumerate(names):
         for other in names[:i]:
+            if {name, other} == {"test", "retention"}:
+                continue  # both are measured on, neither is trained on
             shared = shared_rows(splits[other], splits[name])
             if shared:
                 first, second, why = shared[0]
@@ -43,6 +45,7 @@ def shared_rows(one, two):
 
     in_one, in_two = _by_size(one), _by_size(two)
     spans_one, spans_two = _spans(one), _spans(two)
+    one, two = one.select_columns("audio"), two.select_columns("audio")
     for size in in_one.keys() & in_two.keys():
         by_content = {}
         for row in in_one[size]:

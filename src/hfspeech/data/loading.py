@@ -2,6 +2,7 @@
 
 import logging
 
+import datasets
 import numpy as np
 
 from hfspeech.data.leaks import check_leaks, shared_rows
@@ -59,29 +60,33 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448):
         UserError: a dataset, split or column is missing, audio is bad, a split is empty, or a recording stands in two
             splits.
     """
-    loader = _Loader(data_args, processor, max_label_length)
+    loader = _Loader(data_args, processor, max_label_length, ["train", "validation", "test"])
     sources = loader.open(data_args.dataset_name, data_args.dataset_config_name, data_args.dataset_revision)
     weights = _weights(data_args)
-    tests = loader.join(sources, data_args.test_split_name, "test", data_args.max_test_samples)
+    tests = loader.join(sources, data_args.test_split_name, "test", "--test_split_name", data_args.max_test_samples)
     evals = None
-    if any(data_args.eval_split_name in source.split_names or source.read(data_args.eval_split_name)[0] is not None
-           for source in sources) or data_args.eval_split_name != "validation":
-        evals = loader.join(sources, [data_args.eval_split_name], "validation", data_args.max_eval_samples)
+    eval_split = data_args.eval_split_name
+    if eval_split != "validation" or any(source.read(eval_split)[0] is not None for source in sources):
+        evals = loader.join(sources, [eval_split], "validation", "--eval_split_name", data_args.max_eval_samples)
     splits = {"validation": evals, "test": tests}
     retained = None
     if data_args.retention_dataset_name:
         retained = loader.open([data_args.retention_dataset_name], None, None)
-        splits["retention"] = loader.join(retained, ["test"], "retention", data_args.max_test_samples)
+        splits["retention"] = loader.join(
+            retained, ["test"], "retention", "--retention_dataset_name", data_args.max_test_samples
+        )
 
     if data_args.streaming:
         return _with_stream(loader, sources, weights, retained, splits, seed)
 
-    train = loader.parts(sources, data_args.train_split_name, "train", data_args.max_train_samples)
+    train = loader.parts(
+        sources, data_args.train_split_name, "train", "--train_split_name", data_args.max_train_samples
+    )
     if splits["validation"] is None:
         train, splits["validation"] = _carve(train, data_args.validation_share, seed, loader.account)
     train = _mix(train, weights, seed)
     if retained and data_args.retention_share > 0:
-        old = loader.parts(retained, "train", "retention train", None)[0]
+        old = loader.parts(retained, "train", "train", "--retention_dataset_name", None)[0]
         train = _add_share(train, old, data_args.retention_share, seed)
     return loader.finish({"train": train, **splits})
 
@@ -97,9 +102,9 @@ def load_split(data_args, split, processor=None, max_label_length=None):
     Returns:
         `SpeechDataset`, with its `account`.
     """
-    loader = _Loader(data_args, processor, max_label_length)
+    loader = _Loader(data_args, processor, max_label_length, [split])
     sources = loader.open(data_args.dataset_name, data_args.dataset_config_name, data_args.dataset_revision)
-    rows = loader.join(sources, [split], split, data_args.max_test_samples, only=True)
+    rows = loader.join(sources, [split], split, "--test_split_name", data_args.max_test_samples, only=True)
     splits = loader.finish({split: rows})
     splits[split].account = splits.account
     return splits[split]
@@ -108,7 +113,7 @@ def load_split(data_args, split, processor=None, max_label_length=None):
 class _Loader:
     """What the steps of loading share: the arguments, the filters and the account."""
 
-    def __init__(self, data_args, processor, max_label_length):
+    def __init__(self, data_args, processor, max_label_length, splits):
         if not data_args.dataset_name:
             raise UserError("No dataset is given; name one with --dataset_name.")
         if data_args.on_bad_audio not in ("error", "skip"):
@@ -120,6 +125,8 @@ class _Loader:
         tokenizer = processor.tokenizer if processor is not None else None
         self.filters = Filters(data_args.min_duration_in_seconds, max_duration_s, tokenizer, max_label_length)
         self.account = {"datasets": [], "splits": {}, "notes": []}
+        for split in splits:
+            self.dropped(split)
 
     def open(self, names, configs, revisions):
         names = _as_list(names)
@@ -161,12 +168,11 @@ class _Loader:
                 )
         return found
 
-    def parts(self, sources, split, key, max_samples, only=False):
-        """Returns the filtered rows of a split, one `datasets.Dataset` for each source (None where it has none)."""
-        flag = {
-            "train": "--train_split_name", "validation": "--eval_split_name",
-            "retention": "--retention_dataset_name", "retention train": "--retention_dataset_name",
-        }.get(key, "--test_split_name")
+    def parts(self, sources, split, key, flag, max_samples, only=False):
+        """Returns the filtered rows of a split, one `datasets.Dataset` for each source (None where it has none).
+
+        `key` is where the account goes, `flag` what names another split.
+        """
         found = {id(source): rest for source, *rest in self.raw(sources, split, flag, only)}
         parts = []
         for source in sources:
@@ -177,8 +183,10 @@ class _Loader:
             if self.data_args.streaming:
                 rows = take_rows(rows, columns, folder, max_samples or EVAL_ROWS)
                 if max_samples is None and len(rows) == EVAL_ROWS:
-                    self.note(f"{source.name}, {split}: streaming, so only the first {EVAL_ROWS} rows are used; "
-                              "set another number with --max_eval_samples and --max_test_samples.")
+                    self.note(
+                        f"{source.name}, {split}: streaming, so only the first {EVAL_ROWS} rows are used; "
+                        "set another number with --max_eval_samples and --max_test_samples."
+                    )
             elif max_samples is not None:
                 rows = rows.select(range(min(max_samples, len(rows))))
             parts.append(
@@ -186,10 +194,9 @@ class _Loader:
             )
         return parts
 
-    def join(self, sources, splits, key, max_samples, only=False):
-        """Returns the filtered rows of these splits of all sources, one after the other."""
-        parts = [part for split in _as_list(splits) for part in self.parts(sources, split, key, max_samples, only)]
-        return _concatenate(parts)
+    def join(self, sources, splits, *how, **only):
+        """Returns the filtered rows of these splits of all sources, one after the other; arguments as for `parts`."""
+        return _concatenate([part for split in _as_list(splits) for part in self.parts(sources, split, *how, **only)])
 
     def note(self, line):
         self.account["notes"].append(line)
@@ -203,6 +210,7 @@ class _Loader:
                 why = "; ".join(f"{entry['count']} {reason} ({entry['example']})" for reason, entry in dropped.items())
                 raise UserError(f"No row of {name} is left: {why or 'the split is empty'}.")
         check_leaks(splits)
+        datasets.disable_progress_bars()  # what follows is quick; downloads are over
         finished = {}
         for name, rows in splits.items():
             entry = self.account["splits"][name]
@@ -227,10 +235,17 @@ def _with_stream(loader, sources, weights, retained, splits, seed):
     num_skipped = 0
     if splits["validation"] is None:
         num_skipped = data_args.max_eval_samples or CARVED_ROWS
+        for _, rows, folder, columns in found:
+            num_there = len(take_rows(rows, columns, folder, num_skipped + 1))
+            if num_there <= num_skipped:  # a small dataset: leave rows to train on
+                num_skipped = max(1, round(data_args.validation_share * num_there))
         loader.note(
-            f"No validation split: the first {num_skipped} rows of each training stream are taken for it, whoever speaks."
+            f"No validation split: the first {num_skipped} rows of each training stream are taken for it, "
+            "whoever speaks."
         )
-        splits["validation"] = loader.join(sources, [data_args.train_split_name], "validation", num_skipped)
+        splits["validation"] = loader.join(
+            sources, [data_args.train_split_name], "validation", "--train_split_name", num_skipped
+        )
     finished = loader.finish(splits)
     dropped = loader.dropped("train")
 
@@ -239,8 +254,18 @@ def _with_stream(loader, sources, weights, retained, splits, seed):
             rows = rows.skip(num_skipped)
         if max_samples is not None:
             rows = rows.take(max_samples)
-        return stream_rows(rows, folder, columns, loader.filters, data_args, source.name,
-                           data_args.train_split_name, dropped, splits, seed)
+        return stream_rows(
+            rows,
+            folder,
+            columns,
+            loader.filters,
+            data_args,
+            source.name,
+            data_args.train_split_name,
+            dropped,
+            splits,
+            seed,
+        )
 
     streams = [stream(*part, num_skipped, data_args.max_train_samples) for part in found]
     weights = weights and [w for w, source in zip(weights, sources) if any(source is part[0] for part in found)]
@@ -258,7 +283,9 @@ def _as_list(value):
 def _one_each(values, names, flag):
     values = [None] if not values else _as_list(values)
     if len(values) not in (1, len(names)):
-        raise UserError(f"{flag} has {len(values)} values for {len(names)} datasets; give one for all, or one for each.")
+        raise UserError(
+            f"{flag} has {len(values)} values for {len(names)} datasets; give one for all, or one for each."
+        )
     return values * len(names) if len(values) == 1 else values
 
 
@@ -311,7 +338,9 @@ def _carve(parts, share, seed, account):
     A recording that stands twice in train may fall on both sides: then it leaves validation.
     """
     if not 0 < share < 1:
-        raise UserError(f"There is no validation split; --validation_share has to lie between 0 and 1, not at {share:g}.")
+        raise UserError(
+            f"There is no validation split; --validation_share has to lie between 0 and 1, not at {share:g}."
+        )
     generator = np.random.default_rng(seed)
     kept, carved = [], []
     for part in parts:

@@ -30,9 +30,9 @@ HIDDEN = ("recording_id", "num_bytes")
 class SpeechDataset(torch.utils.data.Dataset):
     """Rows of one schema over a `datasets.Dataset`; a row's audio is decoded when the row is asked for.
 
-    `dataset[i]` gives a dict with `index` (i), `id`, `text`, `speaker` (or None), `duration_s`, `dataset`, `split`, `offset_s` (or
-    None for a whole recording), `row` (its number in the source, from 1), the group columns, and `waveform` (float32,
-    16 kHz, mono). Where the audio cannot be used, `waveform` is None and `bad_audio` says why and in which row.
+    `dataset[i]` gives a dict with `index` (i), `epoch`, `id`, `text`, `speaker` (or None), `duration_s`, `dataset`,
+    `split`, `offset_s` (or None for a whole recording), `row` (its number in the source, from 1), the group columns,
+    and `waveform` (float32, 16 kHz, mono). Where the audio cannot be used, `waveform` is None and `bad_audio` says why and in which row.
 
     Args:
         rows: `datasets.Dataset` with the columns of `SCHEMA` and the group columns; audio undecoded.
@@ -44,12 +44,17 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.rows = rows
         self.transforms = list(transforms)
         self.account = account or {}
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """Tells the transforms, through each row's `epoch`, which pass over the rows this is."""
+        self.epoch = epoch
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        row = {"index": int(index), **self.rows[int(index)]}
+        row = {"index": int(index), "epoch": self.epoch, **self.rows[int(index)]}
         decode_row(row)
         if row["waveform"] is not None:
             for transform in self.transforms:
@@ -133,7 +138,9 @@ def find_columns(rows, data_args, where, lenient=False):
         elif meaning == "text":
             candidates = [name for name in candidates if not is_audio(rows.features, name)]
         if len(candidates) > 1 and meaning in ("audio", "text", "speaker"):
-            raise UserError(f"{where} has several columns for the {meaning}: {', '.join(candidates)}; choose with {flag}.")
+            raise UserError(
+                f"{where} has several columns for the {meaning}: {', '.join(candidates)}; choose with {flag}."
+            )
         if len(candidates) > 1:
             logger.info("%s: several columns could hold the %s (%s); none is used.", where, meaning, candidates)
         if not candidates and meaning in ("audio", "text"):
@@ -244,8 +251,10 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         if isinstance(seconds, BadAudio):
             if data_args.on_bad_audio == "error":
                 name = names[-1]
-                raise UserError(f"{dataset_name}, {split}: {name[0].upper()}{name[1:]}: {seconds}. "
-                                "Leave such rows out with --on_bad_audio skip.")
+                raise UserError(
+                    f"{dataset_name}, {split}: {name[0].upper()}{name[1:]}: {seconds}. "
+                    "Leave such rows out with --on_bad_audio skip."
+                )
             dropped.add("bad audio", names[-1], str(seconds))
             seconds = None
         elif offset is not None and given[i] is None:
@@ -334,7 +343,10 @@ def durations_given(raw, columns, dataset_name):
             if given[i] is not None and abs(given[i] - seconds) > 0.5 + 0.1 * seconds:
                 logger.warning(
                     "%s: the column %s says %g where the recording has %.2f s; durations are read from the files.",
-                    dataset_name, columns.duration, given[i], seconds,
+                    dataset_name,
+                    columns.duration,
+                    given[i],
+                    seconds,
                 )
                 return [None] * len(raw)
     return given
@@ -384,11 +396,15 @@ def _ids(raw, columns, paths, offsets, folder, split):
         if columns.id_is_given or (len(set(ids)) == len(ids) and not is_counter and None not in ids):
             return [id or f"{split}-{i + 1}" for i, id in enumerate(ids)], True
         logger.info("The column %s numbers the rows or repeats itself, so it is not taken for an id.", columns.id)
-    ids = []
-    for i, (path, offset) in enumerate(zip(paths, offsets)):
-        name = os.path.relpath(path, folder) if path and folder else path or f"{split}-{i + 1}"
-        ids.append(name if offset is None else f"{name}@{offset:g}")
-    return ids, False
+    return [default_id(*row, folder, split, i + 1) for i, row in enumerate(zip(paths, offsets))], False
+
+
+def default_id(path, offset_s, folder, split, number):
+    """The id of a row without one: its path from the manifest, and where the segment starts."""
+    if not path:
+        return f"{split}-{number}"
+    name = os.path.relpath(path, folder) if folder and os.path.isabs(path) else path
+    return name if offset_s is None else f"{name}@{offset_s:g}"
 
 
 def _strings(values):

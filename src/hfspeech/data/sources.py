@@ -59,7 +59,7 @@ class LocalSource:
 
     def __init__(self, name, path):
         self.name = name
-        self.record = {"name": name, "path": str(path.resolve())}
+        self.record = {"name": str(name)}
         self._tables = {}
         if path.is_dir():
             files = _split_files(path)
@@ -139,12 +139,14 @@ class HubSource:
                     f"{where} is not stored as parquet, which is what can be read here; "
                     "give --dataset_revision refs/convert/parquet, where the Hub keeps a converted copy."
                 ) from None
+            if isinstance(error, DatasetNotFoundError) and "gated" in text:
+                raise UserError(_gated(name)) from None
             if isinstance(error, DatasetNotFoundError) or "No (supported) data files" in text:
-                raise UserError(f"{where} holds no data files that can be read; have a look at it on the Hub.") from None
+                raise UserError(f"{where} holds no data files that can be read; see its page on the Hub.") from None
             raise
         if commit is None:
-            files = next(iter(self._splits.values())).info.download_checksums or {}
-            found = re.search(r"@([0-9a-f]{40})/", " ".join(files))
+            files = getattr(next(iter(self._splits.values())), "cache_files", None) or [{"filename": ""}]
+            found = re.search(r"[/\\]([0-9a-f]{40})[/\\]", files[0]["filename"])
             self.record["commit"] = found[1] if found else None
 
     @property
@@ -162,10 +164,7 @@ def _resolve(name, revision):
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=30).sha, None
     except errors.GatedRepoError:
-        raise UserError(
-            f"Access to the dataset {name} has to be granted first: ask for it on its page on the Hub, "
-            "then type `hf auth login`."
-        ) from None
+        raise UserError(_gated(name)) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"The dataset {name} has no revision {revision}; see --dataset_revision.") from None
     except errors.RepositoryNotFoundError:
@@ -181,6 +180,13 @@ def _resolve(name, revision):
         return None, f"the Hub answered {status}; try again later"
     except Exception as error:  # whatever the HTTP client raises when nobody answers
         return None, f"the Hub cannot be reached ({type(error).__name__}); see that the network is up"
+
+
+def _gated(name):
+    return (
+        f"Access to the dataset {name} has to be granted first: ask for it on its page on the Hub, "
+        "then type `hf auth login`."
+    )
 
 
 def _split_files(folder):
@@ -256,9 +262,7 @@ def _read_jsonl(path):
                 except (ValueError, TypeError) as error:
                     raise UserError(f"{path}, line {number}: not a JSON object ({error}).") from None
     columns = dict.fromkeys(name for row in rows for name in row)
-    return {
-        name: [value if (value := row.get(name)) is None else _as_text(value) for row in rows] for name in columns
-    }
+    return {name: [value if (value := row.get(name)) is None else _as_text(value) for row in rows] for name in columns}
 
 
 def _as_text(value):

@@ -4,7 +4,7 @@ import datasets
 
 from hfspeech.audio import BadAudio, duration_s
 from hfspeech.data.leaks import content_hash
-from hfspeech.data.rows import decode_row, group_columns, is_audio, row_name, to_seconds
+from hfspeech.data.rows import decode_row, default_id, group_columns, is_audio, row_name, to_seconds
 from hfspeech.data.sources import find_file
 from hfspeech.errors import UserError
 
@@ -70,13 +70,14 @@ def stream_rows(raw, folder, columns, filters, data_args, dataset_name, split, d
             "dataset": dataset_name,
             "split": split,
             "offset_s": to_seconds(value[columns.offset], columns.offset, number - 1, dataset_name)
-            if columns.offset else None,
+            if columns.offset
+            else None,
             "row": number,
             "audio": audio,
             **{name: _string(value.get(name)) for name in group_columns(data_args)},
         }
-        given_id = value.get(columns.id) if columns.id else None
-        row["id"] = str(given_id) if given_id is not None else f"{split}-{number}"
+        given_id = _string(value.get(columns.id)) if columns.id else None
+        row["id"] = given_id or default_id(audio["path"], row["offset_s"], folder, split, number)
         name = row_name(number, audio["path"] or row["id"])
         _stop_if_held_out(row, audio, name)
         try:
@@ -94,8 +95,10 @@ def stream_rows(raw, folder, columns, filters, data_args, dataset_name, split, d
             bad = bad and bad.removeprefix(f"{name}: ")
         if bad is not None:
             if data_args.on_bad_audio == "error":
-                raise UserError(f"{dataset_name}, {split}: {name[0].upper()}{name[1:]}: {bad}. "
-                                "Leave such rows out with --on_bad_audio skip.")
+                raise UserError(
+                    f"{dataset_name}, {split}: {name[0].upper()}{name[1:]}: {bad}. "
+                    "Leave such rows out with --on_bad_audio skip."
+                )
             dropped.add("bad audio", name, bad)
             row.pop("audio", None)
             return {key: [] for key in [*row, "waveform"]}

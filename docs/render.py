@@ -1,0 +1,113 @@
+"""Fills in the tables of the README files from the committed records, so that no number is typed by hand.
+
+    python docs/render.py          # rewrites what stands between `<!-- results: RECORD ... -->` and `<!-- end -->`
+    python docs/render.py --check  # says what would change, and fails if anything would
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from hfspeech.publish import rate_text
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- (results|arguments)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.S)
+
+
+def results_table(names):
+    """Returns a Markdown table of records, a line for each test set and group, and how each record was made."""
+    lines = ["| test rows | words | WER before | WER after |", "|---|---|---|---|"]
+    origins = []
+    for name in names.split():
+        record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+        lines += [_line(name_of(record), record["before"], record["after"])]
+        for column, values in record["after"]["groups"].items():
+            for value, after in values.items():
+                lines += [_line(f"– {column}: {value}", record["before"]["groups"][column].get(value), after)]
+        if record.get("retention"):
+            retention = record["retention"]
+            lines += [_line("– old condition (forgetting)", retention["before"], retention["after"])]
+        origins += ["", origin(name, record)]
+    return "\n".join([*lines, *origins]) + "\n"
+
+
+def _line(title, before, after):
+    return f"| {title} | {after['words']} | {rate_text(before)} | **{rate_text(after)}** |"
+
+
+def name_of(record):
+    """Returns the names of a record's datasets, those that it was trained and tested on."""
+    return ", ".join(Path(name).name for name in record["arguments"]["dataset_name"])
+
+
+def origin(name, record):
+    """Returns the sentence that says where a record comes from."""
+    train, made = record["train"], record["environment"]
+    hardware = made["hardware"]
+    device = ", ".join(hardware["gpus"]) or f"{hardware['cores']} cores of {hardware['cpu']}"
+    return (
+        f"`{name}`: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {device}, "
+        f"transformers {made['versions']['transformers']}; {train['steps']} steps in {train['seconds']:.0f} s, "
+        f"{train['peak_rss_bytes'] / 2**30:.1f} GB at most. Rates are percent; in brackets the 95 % interval "
+        f"({record['after']['interval']}); text normalised by `{record['after']['normalizer']}`."
+    )
+
+
+def arguments_table(_):
+    """Returns a Markdown list of the settings of each dataclass with help and default."""
+    from hfspeech import arguments
+
+    lines = []
+    for dtype in (arguments.DataArguments, arguments.WhisperArguments, arguments.LoraArguments):
+        lines += _section(dtype, dataclasses.fields(dtype))
+    own = arguments.SpeechTrainingArguments.__annotations__
+    dtype = arguments.SpeechTrainingArguments
+    lines += _section(dtype, [f for f in dataclasses.fields(dtype) if f.name in own])
+    return "\n".join(lines) + "\n"
+
+
+def _section(dtype, fields):
+    lines = [f"## {dtype.__name__}", "", "| setting | default | what for |", "|---|---|---|"]
+    for f in fields:
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        default = "" if default is None else f"`{json.dumps(default)}`"
+        choices = f.metadata.get("choices")
+        chosen = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+        lines += [f"| `{f.name}` | {default} | {f.metadata['help']}{chosen} |"]
+    return [*lines, ""]
+
+
+MAKERS = {"results": results_table, "arguments": arguments_table}
+
+
+def rendered(text):
+    """Returns a document with every marked block made anew."""
+    return BLOCK.sub(lambda match: match[1] + MAKERS[match[2]](match[3]) + match[4], text)
+
+
+def documents():
+    """Returns the paths of all Markdown files of the project."""
+    folders = ("docs", "recipes", "assets")
+    return sorted([ROOT / "README.md", *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    changed = []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        if rendered(text) != text:
+            changed.append(path)
+            if not check:
+                path.write_text(rendered(text), encoding="utf-8")
+    for path in changed:
+        print(f"{'differs from its records' if check else 'rewritten'}: {path.relative_to(ROOT)}")
+    raise SystemExit(bool(check and changed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""The `hfspeech` command: check a run before paying for it, evaluate any Whisper, transcribe recordings.
+
+Each command imports what it needs when it is called, so that `hfspeech --help` answers at once.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from .errors import Interrupted, UserError, explain_errors, nearest
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".mp4", ".aac", ".webm", ".wma")
+SUBTITLE_S = 8.0  # longest subtitle, so that it can be read at a glance
+
+
+@explain_errors
+def main(argv=None):
+    """Runs one command line and returns its exit code; user errors end in one sentence and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in commands:
+        raise UserError(
+            f"There is no command {argv[0]!r}.{nearest(argv[0], commands)} Choose from {', '.join(commands)}."
+        )
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [flag for action in commands[args.command]._actions for flag in action.option_strings]
+        raise UserError(
+            f"hfspeech {args.command}: there is no setting {unknown[0].partition('=')[0]}."
+            f"{nearest(unknown[0].partition('=')[0], known)} See hfspeech {args.command} --help."
+        )
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped.") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{self.prog}: {message.removeprefix('argument ')}. See {self.prog} --help.")
+
+
+def _build_parser():
+    parser = _Parser(
+        prog="hfspeech", description="Fine-tune Whisper: check, evaluate, transcribe.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    check = commands.add_parser(
+        "check",
+        help="look over a run before paying for it",
+        description="Goes through a run's settings, model and data, and measures one step; trains and writes nothing.",
+        allow_abbrev=False,
+    )
+    check.add_argument("arguments_file", metavar="ARGS.yaml", help="the recipe's arguments file")
+    check.add_argument("--overfit", action="store_true", help="also train on one batch until it is learnt")
+    check.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="--name value", help="settings that win over the file"
+    )
+    check.set_defaults(run=_check)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure the error rate of any Whisper",
+        description="Transcribes a split and prints its error rates, each with its 95 %% interval.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="Whisper or adapter of one: folder or Hub id")
+    evaluate.add_argument("--dataset_name", required=True, help="Hub dataset, folder, manifest or parquet file")
+    evaluate.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
+    evaluate.add_argument("--dataset_revision", help="branch, tag or commit of the Hub dataset")
+    evaluate.add_argument("--split", default="test", help="split to evaluate on (default: test)")
+    evaluate.add_argument("--audio_column_name", help="column of the audio (default: found by itself)")
+    evaluate.add_argument("--text_column_name", help="column of the text (default: found by itself)")
+    evaluate.add_argument("--speaker_column_name", help="column of the speaker, for the intervals")
+    evaluate.add_argument("--group_columns", nargs="+", help="columns whose values get an error rate each")
+    evaluate.add_argument(
+        "--normalizer",
+        default="auto",
+        choices=["auto", "none", "basic", "english", "marks"],
+        help="text normaliser (default: english for English, marks elsewhere)",
+    )
+    evaluate.add_argument("--max_samples", type=_positive, help="use only the first rows")
+    evaluate.add_argument(
+        "--on_bad_audio",
+        default="error",
+        choices=["error", "skip"],
+        help="what a broken recording does (default: error)",
+    )
+    evaluate.add_argument("--output", type=Path, help="JSON file for the result; the predictions go beside it")
+    evaluate.set_defaults(run=_evaluate)
+
+    transcribe = commands.add_parser(
+        "transcribe",
+        help="write down what recordings say",
+        description="Transcribes recordings of any length. A broken file is reported and passed over (exit code 1).",
+        allow_abbrev=False,
+    )
+    transcribe.add_argument("model", metavar="MODEL", help="Whisper or adapter of one: folder or Hub id")
+    transcribe.add_argument("files", metavar="FILE", nargs="+", type=Path, help="recordings, or folders of them")
+    transcribe.add_argument("--format", default="text", choices=list(_FORMATS), help="what to write (default: text)")
+    transcribe.add_argument("--output_dir", type=Path, help="folder for one file for each recording (default: print)")
+    transcribe.add_argument(
+        "--timestamps",
+        default="pauses",
+        choices=["pauses", "model"],
+        help="times from the sound, or from the model's timestamp tokens (default: pauses)",
+    )
+    transcribe.set_defaults(run=_transcribe)
+
+    own_language = {evaluate: "the model's own", transcribe: "the model's own, or guessed for each piece"}
+    for command in (evaluate, transcribe):
+        command.add_argument("--model_revision", default="main", help="branch, tag or commit of the model on the Hub")
+        command.add_argument("--language", help=f"language of the speech (default: {own_language[command]})")
+        command.add_argument("--task", choices=["transcribe", "translate"], help="default: the model's own")
+        command.add_argument("--batch_size", type=_positive, default=16, help="pieces decoded at once (default: 16)")
+    return parser, commands.choices
+
+
+def _positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+_positive.__name__ = "whole number"  # argparse names the type in its message
+
+
+# transcribe
+
+
+def _transcribe(args):
+    from tqdm import tqdm
+
+    from .audio import BadAudio, decode, duration_s
+    from .inference import transcribe
+    from .models import enough_memory
+    from .runs import claim_folder
+
+    files = _audio_files(args.files)
+    if args.format in ("srt", "vtt") and len(files) > 1 and not args.output_dir:
+        raise UserError(f"{len(files)} recordings need a {args.format} file each: say where with --output_dir FOLDER.")
+    if args.output_dir:
+        claim_folder(args.output_dir)
+
+    model, processor = _load_model(args)
+    broken, good, durations_s = [], [], {}
+    for path in files:
+        with contextlib.suppress(BadAudio, UserError):  # decoding says it again, and louder
+            durations_s[path] = duration_s(path)
+    bar = tqdm(total=round(sum(durations_s.values())), unit=" s", unit_scale=True, desc="transcribing", disable=None)
+
+    def waveforms():
+        for path in files:
+            try:
+                waveform = decode(path, processor.feature_extractor.sampling_rate)
+            except (BadAudio, UserError) as reason:
+                broken.append(path)
+                bar.write(f"{path}: {reason}", file=sys.stderr)
+                continue
+            good.append(path)
+            yield waveform
+
+    found = transcribe(
+        model,
+        processor,
+        waveforms(),
+        args.batch_size,
+        max_piece_s=SUBTITLE_S if args.format in ("srt", "vtt") else None,
+        timestamps=args.timestamps,
+        on_progress=bar.update,
+    )
+    with enough_memory(), bar:
+        for number, segments in enumerate(found):
+            path = good[number]
+            if args.output_dir:
+                target = args.output_dir / f"{files[path]}.{_FORMATS[args.format][0]}"
+                _write(target, _FORMATS[args.format][1](path, segments))
+            else:
+                text = _FORMATS[args.format][1](path, segments)
+                bar.clear()
+                print(f"{path}: {text}" if args.format == "text" and len(files) > 1 else text, end="", flush=True)
+    if broken:
+        print(f"{len(broken)} of {len(files)} recordings could not be read.", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _audio_files(paths):
+    """Returns recording → name of its output without suffix, for files and, recursively, for folders of them."""
+    files = {}
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path} holds no recording ({', '.join(AUDIO_SUFFIXES)}): give another folder.")
+            files.update({p: p.relative_to(path).with_suffix("") for p in inside})
+        elif path.exists():
+            files[path] = Path(path.stem)
+        else:
+            raise UserError(f"There is no file or folder {path}: check its path (from here, {Path.cwd()}).")
+    owners = {}
+    for path, name in files.items():
+        if name in owners:
+            raise UserError(f"{owners[name]} and {path} would both be called {name}: transcribe them one by one.")
+        owners[name] = path
+    return files
+
+
+def _as_text(path, segments):
+    return " ".join(segment["text"] for segment in segments) + "\n"
+
+
+def _as_json(path, segments):
+    result = {"file": str(path), "text": _as_text(path, segments).strip(), "segments": segments}
+    return json.dumps(result, ensure_ascii=False) + "\n"
+
+
+def _as_srt(path, segments):
+    return "".join(
+        f"{number}\n{_clock(segment['start_s'], ',')} --> {_clock(segment['end_s'], ',')}\n{segment['text']}\n\n"
+        for number, segment in enumerate(segments, 1)
+    )
+
+
+def _as_vtt(path, segments):
+    cues = (f"{_clock(s['start_s'], '.')} --> {_clock(s['end_s'], '.')}\n{s['text']}\n\n" for s in segments)
+    return "WEBVTT\n\n" + "".join(cues)
+
+
+_FORMATS = {"text": ("txt", _as_text), "json": ("json", _as_json), "srt": ("srt", _as_srt), "vtt": ("vtt", _as_vtt)}
+
+
+def _clock(seconds, point):
+    milliseconds = round(seconds * 1000)
+    hours, rest = divmod(milliseconds, 3_600_000)
+    minutes, rest = divmod(rest, 60_000)
+    return f"{hours:02}:{minutes:02}:{rest // 1000:02}{point}{rest % 1000:03}"
+
+
+# evaluate
+
+
+def _evaluate(args):
+    from tqdm import tqdm
+
+    from .arguments import DataArguments, default_num_workers
+    from .data import load_split
+    from .inference import evaluate_rows
+    from .metrics import TranscriptScore
+    from .models import enough_memory, set_language
+    from .runs import claim_folder, environment, write_json, write_jsonl
+
+    if args.output:
+        claim_folder(args.output.parent, "--output")
+
+    data_args = DataArguments(
+        dataset_name=[args.dataset_name],
+        dataset_config_name=args.dataset_config_name and [args.dataset_config_name],
+        dataset_revision=args.dataset_revision and [args.dataset_revision],
+        audio_column_name=args.audio_column_name,
+        text_column_name=args.text_column_name,
+        speaker_column_name=args.speaker_column_name,
+        group_columns=args.group_columns,
+        max_test_samples=args.max_samples,
+        on_bad_audio=args.on_bad_audio,
+    )
+    dataset = load_split(data_args, args.split)
+    model, processor = _load_model(args)
+    if not args.language:
+        # A Whisper that guesses the language of every row may be measured in the wrong one without anyone noticing.
+        own = model.generation_config
+        language = (getattr(own, "language", None) or "").strip("<|>")
+        task = args.task or getattr(own, "task", None) or "transcribe"
+        set_language(model, processor, language, task, bool(own.return_timestamps))
+    compute_metrics = TranscriptScore(processor, args.group_columns, args.normalizer)
+    with enough_memory(), tqdm(total=len(dataset), unit=" rows", desc="evaluating", disable=None) as bar:
+        score, rows, bad_audio = evaluate_rows(
+            model, processor, dataset, compute_metrics, args.batch_size, args.on_bad_audio,
+            default_num_workers(), bar.update,
+        )  # fmt: skip
+    print(_score_table(score))
+    for sentence in bad_audio:
+        print(f"left out: {sentence}")
+    if args.output:
+        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "run"}
+        result = {
+            "model": args.model,
+            "dataset": args.dataset_name,
+            "split": args.split,
+            **score,
+            "account": dataset.account,
+            "bad_audio": bad_audio,
+            "environment": environment(),
+            "arguments": arguments,
+        }
+        predictions = args.output.with_name(f"{args.output.stem}_predictions.jsonl")
+        write_json(args.output, result)
+        write_jsonl(predictions, rows)
+        print(f"The result is in {args.output}, every row in {predictions}.")
+    return 0
+
+
+def _score_table(score):
+    from .publish import percent, rate_text
+
+    lines = [("", "word error rate", "character error rate", "words", "rows")]
+    entries = [("all", score)]
+    for column, values in score["groups"].items():
+        entries += [(f"{column}: {value}", rates) for value, rates in values.items()]
+    for name, rates in entries:
+        lines.append((name, rate_text(rates), rate_text(rates, "cer"), str(rates["words"]), str(rates["rows"])))
+    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    table = ["  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines]
+    return "\n".join(
+        [
+            *table,
+            f"{score['substitutions']} words substituted, {score['insertions']} inserted, "
+            f"{score['deletions']} deleted; {percent(score['raw_wer'])} as written, with case and punctuation",
+            f"95 % intervals: {score['interval']}; text normalised by {score['normalizer']}",
+        ]
+    )
+
+
+# check
+
+
+def _check(args):
+    from .preflight import check
+
+    flags = [flag for flag in args.flags if flag != "--overfit"]
+    check(args.arguments_file, flags, overfit=args.overfit or len(flags) < len(args.flags))
+    return 0
+
+
+# shared
+
+
+def _load_model(args):
+    from .models import load_for_inference, quiet_transformers
+
+    quiet_transformers()
+    return load_for_inference(args.model, args.model_revision, args.language, args.task)
+
+
+def _write(path, text):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path} ({error.strerror}): free some space, or choose another place with --output_dir."
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

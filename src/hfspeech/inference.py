@@ -1,0 +1,237 @@
+"""Inference with any Whisper: recordings of any length in, segments of text with their times out."""
+
+import collections
+import itertools
+
+import numpy as np
+import torch
+
+from .batching import LongestFirstSampler, WhisperCollator
+from .errors import UserError
+
+FRAME_S = 0.02  # step at which loudness is measured
+SMOOTHING_FRAMES = 10  # loudness is averaged over 0.2 s: shorter gaps are stops inside a word, not pauses
+MARGIN_FRAMES = 5  # 0.1 s kept around sound, so that no soft onset is cut off
+PAUSES_EQUAL_DB = 6.0
+SILENCE_DB = -90.0  # a recording that never rises above this, against full scale, holds nothing
+
+TIMESTAMPS = ("pauses", "model")
+
+
+def transcribe(model, processor, waveforms, batch_size=16, max_piece_s=None, timestamps="pauses", on_progress=None):
+    """Transcribes recordings of any length, with the times of what was said.
+
+    A recording is cut in pauses into pieces that fit the model's window, silence between them is left out, and each
+    piece is padded to the whole window, as stock inference pads a short recording. The pieces of all recordings share
+    batches and are decoded greedily as the model's generation config says. This works for every Whisper, also for one
+    that was tuned without timestamps.
+
+    Args:
+        model: `WhisperForConditionalGeneration`, such as `load_for_inference` returns.
+        processor: its `WhisperProcessor`.
+        waveforms: iterable of float32 arrays of shape (samples,), mono, at the processor's sampling rate. They are
+            drawn as they are needed.
+        batch_size: pieces decoded at once.
+        max_piece_s: longest piece in seconds. Default: the model's window.
+        timestamps: `pauses`: one segment for each piece, its times taken from the sound; `model`: the timestamp
+            tokens that the model writes inside each piece, for finer segments.
+        on_progress: callable that gets the seconds of audio done since its last call.
+
+    Yields:
+        For each recording, in order, a list of dicts with `start_s`, `end_s` (seconds from its beginning) and `text`.
+
+    Raises:
+        UserError: timestamps are asked of a model that has no tokens for them.
+    """
+    if timestamps == "model" and getattr(model.generation_config, "no_timestamps_token_id", None) is None:
+        raise UserError("This model has no timestamp tokens: leave --timestamps at pauses.")
+    extractor = processor.feature_extractor
+    rate = extractor.sampling_rate
+    limit_s = min(max_piece_s or extractor.chunk_length, extractor.chunk_length)
+    recordings, queue = collections.deque(), collections.deque()
+    for waveform in itertools.chain(waveforms, [None]):  # None: no more will come, so the queue is emptied
+        if waveform is not None:
+            spans = find_pieces(waveform, rate, limit_s)
+            done = []
+            recordings.append((done, len(spans)))
+            before = [0, *(end for _, end in spans)]
+            queue.extend((done, start, waveform[start:end], end - last) for (start, end), last in zip(spans, before))
+        while len(queue) >= batch_size or (waveform is None and queue):
+            batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+            found = _transcribe_pieces(model, processor, [piece for _, _, piece, _ in batch], timestamps)
+            for (done, start, _, _), segments in zip(batch, found):
+                done.append([_shifted(segment, start / rate) for segment in segments if segment["text"]])
+            if on_progress:
+                on_progress(sum(samples for *_, samples in batch) / rate)
+        while recordings and len(recordings[0][0]) == recordings[0][1]:
+            done, _ = recordings.popleft()
+            yield [segment for segments in done for segment in segments]
+
+
+def find_pieces(waveform, sampling_rate, max_piece_s):
+    """Cuts a recording in its pauses into pieces of at most `max_piece_s` seconds, without the silence around them.
+
+    Loudness is measured every 20 ms over 0.2 s. Sound is what lies above a threshold between the recording's noise
+    floor (its tenth percentile) and its loudest moment: 6 dB over the floor, but from 20 to 40 dB below the loudest,
+    so that neither noise nor a recording without pauses loses speech. A piece that would be too long is cut in the
+    second half of the limit where that is quietest; of pauses that are about as quiet, in the last.
+
+    Args:
+        waveform: float array of shape (samples,).
+        sampling_rate: in Hz.
+        max_piece_s: in seconds.
+
+    Returns:
+        list of (start, end) in samples, in order, without overlap; empty if there is no sound.
+    """
+    if len(waveform) == 0:
+        return []
+    frame = round(FRAME_S * sampling_rate)
+    level = _loudness_db(np.asarray(waveform, dtype=np.float32), frame)
+    loudest = level.max()
+    if loudest < SILENCE_DB:
+        return []
+    threshold = np.clip(np.percentile(level, 10) + 6, loudest - 40, loudest - 20)
+    sound = np.flatnonzero(_sum_of_neighbours(level > threshold, 2 * MARGIN_FRAMES + 1))
+    limit = max(int(max_piece_s / FRAME_S), 1)
+    pieces, position = [], 0
+    while (first := np.searchsorted(sound, position)) < len(sound):
+        start = sound[first]
+        cut = len(level)
+        if cut - start > limit:
+            half = start + max(limit // 2, 1)
+            window = level[half : start + limit + 1]
+            cut = half + int(np.flatnonzero(window <= window.min() + PAUSES_EQUAL_DB)[-1])
+        end = sound[np.searchsorted(sound, cut) - 1] + 1
+        pieces.append((int(start) * frame, min(int(end) * frame, len(waveform))))
+        position = cut
+    return pieces
+
+
+def evaluate_rows(
+    model, processor, dataset, compute_metrics, batch_size=32, on_bad_audio="error", num_workers=0, on_progress=None
+):
+    """Transcribes every row of a dataset, the longest first, and scores what was recognised.
+
+    A row that fits the model's window is decoded as the trainer decodes it; a longer one is cut in its pauses (see
+    `transcribe`), never cut off.
+
+    Args:
+        model, processor: as for `transcribe`.
+        dataset: `SpeechDataset`.
+        compute_metrics: callable from a list of rows (dicts of `text`, `prediction` and the dataset's columns) to a
+            dict, such as `TranscriptScore`.
+        batch_size: rows decoded at once.
+        on_bad_audio: `error` or `skip`: what a row that cannot be decoded does.
+        num_workers: processes that decode audio.
+        on_progress: callable that gets the number of rows done since its last call.
+
+    Returns:
+        (what `compute_metrics` returned, the rows with their `prediction` in the dataset's order, and a sentence for
+        every row left out because of its audio).
+
+    Raises:
+        UserError: audio cannot be decoded and `on_bad_audio` is `error`, or no row is left.
+    """
+    on_progress = on_progress or (lambda rows: None)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=LongestFirstSampler(dataset.column("duration_s")),
+        collate_fn=_EvaluationCollator(processor),
+        num_workers=num_workers,
+    )
+    texts, long_rows, bad_audio = {}, [], []
+    for batch in loader:
+        for sentence in batch["bad_audio"]:
+            if on_bad_audio == "error":
+                raise UserError(f"{sentence}. Leave such rows out with --on_bad_audio skip.")
+            bad_audio.append(sentence)
+        long_rows += batch["long"]
+        if batch["index"]:
+            tokens = _generate(model, batch["input_features"])
+            decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts.update(zip(batch["index"], (text.strip() for text in decoded)))
+        on_progress(len(batch["index"]) + len(batch["bad_audio"]))
+    waveforms = (dataset[index]["waveform"] for index in long_rows)
+    for index, segments in zip(long_rows, transcribe(model, processor, waveforms, batch_size)):
+        texts[index] = joined(segments)
+        on_progress(1)
+    rows = [{**dataset.record(index), "prediction": text} for index, text in sorted(texts.items())]
+    if not rows:
+        raise UserError(f"Nothing is left to evaluate: every row is unreadable, the first one is: {bad_audio[0]}.")
+    return compute_metrics(rows), rows, bad_audio
+
+
+def joined(segments):
+    """Returns the text of a recording from its segments."""
+    return " ".join(segment["text"] for segment in segments)
+
+
+class _EvaluationCollator:
+    """Makes features of the rows that fit the window, in the dataloader's workers, and sets the longer ones apart."""
+
+    def __init__(self, processor):
+        self.collator = WhisperCollator(processor)
+        self.max_samples = processor.feature_extractor.n_samples
+
+    def __call__(self, rows):
+        good = [row for row in rows if row["waveform"] is not None]
+        short = [row for row in good if len(row["waveform"]) <= self.max_samples]
+        return {
+            "index": [row["index"] for row in short],
+            "input_features": self.collator.features([row["waveform"] for row in short]) if short else None,
+            "long": [row["index"] for row in good if len(row["waveform"]) > self.max_samples],
+            "bad_audio": [row["bad_audio"] for row in rows if row["waveform"] is None],
+        }
+
+
+def _transcribe_pieces(model, processor, pieces, timestamps):
+    """Returns the segments of each piece, their times counted from the piece's beginning."""
+    rate = processor.feature_extractor.sampling_rate
+    decode = processor.tokenizer.decode
+    features = WhisperCollator(processor).features(pieces)
+    durations = [len(piece) / rate for piece in pieces]
+    if timestamps == "pauses":
+        texts = [decode(tokens, skip_special_tokens=True).strip() for tokens in _generate(model, features)]
+        return [[{"start_s": 0.0, "end_s": end, "text": text}] for end, text in zip(durations, texts)]
+    found = _generate(model, features, return_timestamps=True, return_segments=True)["segments"]
+    # The window is padded, so a timestamp may lie behind the end of the piece.
+    return [
+        [
+            {
+                "start_s": min(float(segment["start"]), duration),
+                "end_s": min(float(segment["end"]), duration),
+                "text": decode(segment["tokens"], skip_special_tokens=True).strip(),
+            }
+            for segment in segments
+        ]
+        for segments, duration in zip(found, durations)
+    ]
+
+
+@torch.no_grad()
+def _generate(model, features, **options):
+    # Without max_length a generation config that does not say would stop after 20 tokens.
+    limit = model.config.max_target_positions
+    return model.generate(features.to(model.device, model.dtype), max_length=limit, **options)
+
+
+def _shifted(segment, seconds):
+    times = {name: round(segment[name] + seconds, 3) for name in ("start_s", "end_s")}
+    return {**times, "text": segment["text"]}
+
+
+def _loudness_db(waveform, frame):
+    """Returns the loudness in dB against full scale, one number for each frame, averaged over neighbouring ones."""
+    whole = len(waveform) // frame * frame
+    frames = waveform[:whole].reshape(-1, frame)
+    power = np.einsum("ij,ij->i", frames, frames) / frame
+    if whole < len(waveform):
+        power = np.append(power, np.square(waveform[whole:]).mean())
+    smooth = _sum_of_neighbours(power, SMOOTHING_FRAMES) / SMOOTHING_FRAMES
+    return 10 * np.log10(np.maximum(smooth, 1e-12))
+
+
+def _sum_of_neighbours(values, width):
+    return np.convolve(values, np.ones(width))[width // 2 :][: len(values)]

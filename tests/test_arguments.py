@@ -1,0 +1,236 @@
+"""Settings: which source wins, what is refused, and that every shipped arguments file says nothing in vain."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from hfspeech.arguments import (
+    DataArguments,
+    LoraArguments,
+    SpeechTrainingArguments,
+    WhisperArguments,
+    default_num_workers,
+    parse,
+)
+from hfspeech.errors import UserError
+
+ALL = (DataArguments, WhisperArguments, LoraArguments, SpeechTrainingArguments)
+SHIPPED = sorted([*ROOT.glob("recipes/*/*.yaml"), ROOT / "assets/nano_whisper/args.yaml"])
+NEEDED = {"output_dir": "out", "model_name_or_path": "somewhere", "use_cpu": True}
+
+
+@pytest.fixture(autouse=True)
+def no_trace(monkeypatch):
+    """Takes back what parsing sets in the environment."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+
+
+@pytest.fixture
+def parsed(tmp_path):
+    """Parses settings as written in `args.yaml` beside a recipe, then flags; returns the dataclasses."""
+
+    def parse_(settings=None, *flags):
+        text = settings if isinstance(settings, str) else yaml.safe_dump({**NEEDED, **(settings or {})})
+        (tmp_path / "args.yaml").write_text(text)
+        return parse(tmp_path / "run.py", *ALL, argv=list(flags))
+
+    return parse_
+
+
+def refusal(parsed, *args):
+    with pytest.raises(UserError) as error:
+        parsed(*args)
+    return str(error.value)
+
+
+# Precedence
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(parsed):
+    data, model, lora, train = parsed({"learning_rate": "3e-4", "lora_r": 4}, "--learning_rate", "7e-4")
+    assert train.learning_rate == 7e-4
+    assert lora.lora_r == 4
+    assert lora.lora_alpha == LoraArguments().lora_alpha
+    assert data.train_split_name == "train" and model.task == "transcribe"
+
+
+def test_a_named_file_replaces_the_one_beside_the_recipe(parsed, tmp_path):
+    other = tmp_path / "other.yml"
+    other.write_text("output_dir: elsewhere\nmodel_name_or_path: somewhere\nuse_cpu: true\n")
+    *_, train = parsed({"seed": 1}, str(other), "--max_steps=3")
+    assert train.output_dir == "elsewhere" and train.max_steps == 3
+    assert train.seed == 42  # the file beside the recipe was not read
+
+
+def test_a_flag_replaces_a_whole_list_of_the_file(parsed):
+    data, *_ = parsed({"dataset_name": ["a", "b"], "dataset_weights": [1, 2]}, "--dataset_name", "c")
+    assert data.dataset_name == ["c"]
+    assert data.dataset_weights == [1.0, 2.0]
+
+
+def test_dashes_in_flags_mean_underscores(parsed):
+    assert parsed({}, "--learning-rate", "1e-3")[-1].learning_rate == 1e-3
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [False, "false", "no"])
+def test_false_in_the_file_switches_off_what_is_on_by_default(parsed, value):
+    *_, train = parsed({"eval_on_start": value, "predict_with_generate": value})
+    assert train.eval_on_start is False and train.predict_with_generate is False
+
+
+@pytest.mark.parametrize("flags", [["--no_eval_on_start"], ["--eval_on_start", "false"], ["--eval_on_start=False"]])
+def test_flags_switch_off_what_is_on_by_default(parsed, flags):
+    assert parsed({"eval_on_start": True}, *flags)[-1].eval_on_start is False
+
+
+def test_a_bare_flag_switches_on(parsed):
+    data, model, *_ = parsed({}, "--streaming", "--timestamps")
+    assert data.streaming is True and model.timestamps is True
+
+
+def test_nested_settings_arrive_as_they_were_written(parsed):
+    *_, train = parsed({
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "accelerator_config": {"even_batches": False, "split_batches": True},
+        "report_to": ["none"],
+    })
+    assert train.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert train.accelerator_config.even_batches is False and train.accelerator_config.split_batches is True
+    assert train.report_to == []
+
+
+def test_one_value_fills_a_list(parsed):
+    data, _, lora, _ = parsed({"dataset_name": "one", "lora_target_modules": "q_proj", "speed_perturbation": 0.9})
+    assert data.dataset_name == ["one"] and lora.lora_target_modules == ["q_proj"]
+    assert data.speed_perturbation == [0.9]
+
+
+def test_null_means_none_where_none_has_a_meaning(parsed):
+    data, model, _, train = parsed({"language": None, "save_total_limit": None, "max_train_samples": None})
+    assert model.language is None and data.max_train_samples is None
+    assert train.save_total_limit is None  # keep every checkpoint, although the default keeps two
+
+
+def test_null_is_refused_where_a_value_is_needed(parsed):
+    message = refusal(parsed, {"lora_r": None})
+    assert "lora_r" in message and "null" in message and "32" in message
+
+
+def test_negative_numbers_are_values_and_not_flags(parsed):
+    assert parsed({"max_steps": -1}, "--seed", "-3")[-1].seed == -3
+    assert parsed({"label_smoothing_factor": -1e-3})[-1].label_smoothing_factor == -1e-3
+
+
+# Strictness
+
+
+def test_all_faults_are_listed_at_once(parsed):
+    message = refusal(
+        parsed, {"learning_rte": 1, "max_steps": "many", "task": "sing"},
+        "--lora_rank", "8", "--num_beams", "--eval_steps", "often", "--no_learning_rate",
+    )  # fmt: skip
+    lines = message.splitlines()
+    assert len(lines) == 7, message
+    for name in ("learning_rte", "max_steps", "task", "--lora_rank", "--num_beams", "--eval_steps", "--no_learning_rate"):
+        assert sum(name in line for line in lines) >= 1, name
+    assert "Did you mean learning_rate?" in message
+    assert sum("args.yaml" in line for line in lines) == 3
+
+
+def test_abbreviations_are_refused(parsed):
+    assert "--learning_rat." in refusal(parsed, {}, "--learning_rat", "1e-3")
+
+
+@pytest.mark.parametrize("flags", [["stray"], ["--max_steps", "5", "6"], ["--seed", "1", "-x"], ["-x", "1"]])
+def test_a_stray_word_is_named(parsed, flags):
+    message = refusal(parsed, {}, *flags)
+    assert len(message.splitlines()) == 1
+    assert next(f for f in flags if f in ("stray", "6", "-x")) in message
+    assert "HfArgumentParser" not in message
+
+
+@pytest.mark.parametrize(
+    "text, said", [("- a\n- b\n", "name: value"), ("a: [1,\nb: 2\n", "not valid YAML"), ("just words", "name: value")]
+)
+def test_a_file_that_is_no_list_of_settings(parsed, tmp_path, text, said):
+    message = refusal(parsed, text)
+    assert str(tmp_path / "args.yaml") in message and said in message
+
+
+def test_a_missing_file_is_named(parsed):
+    assert "nowhere.yaml" in refusal(parsed, {}, "nowhere.yaml")
+
+
+def test_a_model_must_be_named_once(parsed):
+    assert "--model_name_or_path" in refusal(parsed, {"config_name": "a"})
+    assert "exclude" in refusal(parsed, {"load_in_8bit": True, "load_in_4bit": True})
+
+
+def test_an_output_folder_must_be_named(parsed):
+    assert "--output_dir" in refusal(parsed, "model_name_or_path: x\nuse_cpu: true\n")
+
+
+def test_a_contradiction_that_transformers_finds_is_one_sentence(parsed):
+    message = refusal(parsed, {"eval_strategy": "no"})
+    assert "load_best_model_at_end" in message.replace("--", "") and "\n" not in message
+
+
+# What is recorded
+
+
+def test_the_record_holds_every_setting_and_is_plain_json(parsed):
+    instances = parsed({"lr_scheduler_kwargs": {"a": 1}})
+    recorded = instances[0].run_arguments
+    assert all(instance.run_arguments == recorded for instance in instances)
+    assert json.loads(json.dumps(recorded)) == json.loads(json.dumps(recorded, sort_keys=True))
+    for dtype in ALL:
+        missing = {f.name for f in dataclasses.fields(dtype) if f.init} - recorded.keys() - {"hub_token"}
+        assert not {name for name in missing if "token" not in name}, missing
+
+
+def test_a_token_is_refused_and_never_repeated(parsed):
+    message = refusal(parsed, {}, "--hub_token", "hf_secretsecret")
+    assert "hf auth login" in message and "secret" not in message
+    recorded = parsed({})[0].run_arguments
+    assert "hub_token" not in recorded and "push_to_hub_token" not in recorded
+
+
+def test_choices_made_for_the_user_give_their_reason(parsed):
+    *_, train = parsed({})
+    assert "fp32: no GPU" in train.choices
+    assert any(c.startswith(f"{default_num_workers()} dataloader workers: ") for c in train.choices)
+    *_, train = parsed({"fp16": False, "bf16": False, "dataloader_num_workers": 0})
+    assert train.choices == ["fp32: given"]
+    assert train.dataloader_num_workers == 0
+
+
+# The shipped files
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_shipped_file_parses_and_repeats_no_default(path):
+    types = ALL if "lora" in path.parent.name else tuple(t for t in ALL if t is not LoraArguments)
+    instances = parse(path.parent / "run.py", *types, argv=[str(path), "--use_cpu"])
+    settings = yaml.safe_load(path.read_text())
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for dtype in types
+        for f in dataclasses.fields(dtype)
+    }
+    for instance in instances:
+        for name in settings.keys() & {f.name for f in dataclasses.fields(instance)}:
+            value = getattr(instance, name)
+            assert value != defaults[name], f"{path.name}: {name}: {value!r} is the default"
+    assert path.read_text().startswith("#"), "an arguments file starts with the command that runs it"
+    assert "run.py" in path.read_text()
+
+
+def test_the_shipped_files_are_found():
+    assert {p.parent.name for p in SHIPPED} >= {"whisper_lora", "whisper_full", "nano_whisper"}

@@ -1,0 +1,420 @@
+"""Rows of every origin come in one schema; nothing is dropped silently; no recording stands in two splits."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+from loopback_hub import TOKEN, LoopbackHub
+
+from hfspeech.arguments import DataArguments
+from hfspeech.data import load_speech, load_split
+from hfspeech.errors import UserError
+
+NANO = Path(__file__).parent.parent / "assets/nano_whisper"
+
+
+def sound(seed, seconds=0.5, sampling_rate=16000):
+    generator = np.random.default_rng(seed)
+    return (0.1 * generator.normal(size=round(seconds * sampling_rate))).astype("float32")
+
+
+def flac(seed, seconds=0.5):
+    file = io.BytesIO()
+    soundfile.write(file, sound(seed, seconds), 16000, format="FLAC")
+    return file.getvalue()
+
+
+def table(path, rows):
+    """Writes rows (dicts) as CSV, TSV, JSONL or parquet, by suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def audiofolder(folder, sizes=(("train", 8), ("validation", 3), ("test", 4)), seed=0, **columns):
+    """Writes an audiofolder; `columns` are further columns, each a function of the row's number."""
+    for split, size in sizes:
+        rows = []
+        for i in range(size):
+            seed += 1
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            (folder / split / f"{split}_{i}.flac").write_bytes(flac(seed, 0.5 + 0.01 * i))
+            rows.append({"file_name": f"{split}_{i}.flac", "text": f"word {i}"}
+                        | {name: value(i) for name, value in columns.items()})
+        table(folder / split / "metadata.csv", rows)
+    return folder
+
+
+def arguments(*names, **rest):
+    return DataArguments(dataset_name=[str(name) for name in names], **rest)
+
+
+def parquet_rows(split, size, seed):
+    return [{"audio": {"bytes": flac(seed + i), "path": f"{split}{i}.flac"}, "text": f"word {i}", "speaker": f"s{i % 4}"}
+            for i in range(size)]
+
+
+# --- Forms ---------------------------------------------------------------------------------------------------------
+
+
+def test_audiofolder(tmp_path):
+    audiofolder(tmp_path, speaker=lambda i: f"s{i}", accent=lambda i: "north" if i % 2 else "south")
+    speech = load_speech(arguments(tmp_path, group_columns=["accent"]))
+    assert {name: len(rows) for name, rows in speech.items()} == {"train": 8, "validation": 3, "test": 4}
+    row = speech["test"][1]
+    assert (row["id"], row["text"], row["speaker"], row["split"], row["accent"]) == (
+        "test_1.flac", "word 1", "s1", "test", "north")  # fmt: skip
+    assert row["waveform"].shape == (8160,) and row["duration_s"] == pytest.approx(0.51)
+    assert "audio" not in row and row["row"] == 2 and row["dataset"] == str(tmp_path)
+    assert speech["test"].column("duration_s") == pytest.approx([0.5, 0.51, 0.52, 0.53])
+    json.dumps(speech.account)
+    assert speech.account["datasets"][0] == {"name": str(tmp_path)}
+
+
+def test_one_metadata_file_splits_by_folder_or_by_column(tmp_path):
+    audiofolder(tmp_path)
+    rows = [{"file_name": f"{split}/{split}_{i}.flac", "text": "a"} for split, n in
+            (("train", 8), ("validation", 3), ("test", 4)) for i in range(n)]  # fmt: skip
+    for split in ("train", "validation", "test"):
+        (tmp_path / split / "metadata.csv").unlink()
+    table(tmp_path / "metadata.jsonl", rows)
+    assert len(load_speech(arguments(tmp_path))["test"]) == 4
+    table(tmp_path / "all.csv", [row | {"split": "test" if i > 9 else "dev" if i > 7 else "train"}
+                                 for i, row in enumerate(rows)])  # fmt: skip
+    speech = load_speech(arguments(tmp_path / "all.csv"))
+    assert {name: len(rows) for name, rows in speech.items()} == {"train": 8, "validation": 2, "test": 5}
+
+
+def test_common_voice(tmp_path):
+    seed = 0
+    for split, size in (("train", 4), ("dev", 2), ("test", 3)):
+        rows = []
+        for i in range(size):
+            seed += 1
+            name = f"common_voice_{seed}.mp3"
+            (tmp_path / "clips").mkdir(exist_ok=True)
+            soundfile.write(tmp_path / "clips" / name, sound(seed, 1.0, 48000), 48000)
+            rows.append(f'c{seed}\t{name}\tHe said "yes\t2\t0\tteens\tmale\tScottish')
+        head = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccents"
+        (tmp_path / f"{split}.tsv").write_text("\n".join([head, *rows]) + "\n")
+    speech = load_speech(arguments(tmp_path, group_columns=["accents"]))
+    assert {name: len(rows) for name, rows in speech.items()} == {"train": 4, "validation": 2, "test": 3}
+    row = speech["test"][0]
+    assert row["text"] == 'He said "yes' and row["speaker"] == "c7" and row["accents"] == "Scottish"
+    assert len(row["waveform"]) == 16000
+    alone = load_split(arguments(tmp_path / "test.tsv"), "test")
+    assert alone.column("id") == speech["test"].column("id")
+
+
+def test_nemo_segments(tmp_path):
+    long = sound(1, 4.0)
+    soundfile.write(tmp_path / "long.wav", long, 16000, subtype="FLOAT")
+    table(tmp_path / "manifest.jsonl", [
+        {"audio_filepath": "long.wav", "offset": 1.0, "duration": 0.5, "text": "a"},
+        {"audio_filepath": str(tmp_path / "long.wav"), "offset": 2.0, "duration": 1.5, "text": "b"},
+    ])  # fmt: skip
+    rows = load_split(arguments(tmp_path / "manifest.jsonl"), "test")
+    assert np.array_equal(rows[0]["waveform"], long[16000:24000])
+    assert np.array_equal(rows[1]["waveform"], long[32000:56000])
+    assert len(set(rows.column("id"))) == 2
+
+
+def test_parquet_with_audio_inside(tmp_path):
+    for number, (split, size) in enumerate((("train", 12), ("test", 5))):
+        table(tmp_path / "data" / f"{split}-00000-of-00001.parquet", parquet_rows(split, size, 100 * number))
+    speech = load_speech(arguments(tmp_path))
+    assert len(speech["test"]) == 5 and len(speech["test"][4]["waveform"]) == 8000
+    alone = load_split(arguments(tmp_path / "data" / "test-00000-of-00001.parquet"), "test")
+    assert np.array_equal(alone[2]["waveform"], speech["test"][2]["waveform"])
+
+
+# --- Mixing and carving --------------------------------------------------------------------------------------------
+
+
+def test_weights_give_each_dataset_its_share_and_use_every_row(tmp_path):
+    a, b = audiofolder(tmp_path / "a"), audiofolder(tmp_path / "b", seed=500)
+    table(b / "train" / "metadata.csv", [{"file_name": "train_0.flac", "text": "x"},
+                                         {"file_name": "train_1.flac", "text": "y"}])  # fmt: skip
+    speech = load_speech(arguments(a, b, dataset_weights=[1.0, 1.0]))
+    origins = speech["train"].column("dataset")
+    assert origins.count(str(a)) == 8 and origins.count(str(b)) == 8
+    assert len(set(speech["train"].column("id"))) == 10
+    assert len(speech["test"]) == 8 and len(set(speech["test"].column("id"))) == 8
+    plain = load_speech(arguments(a, b))
+    assert len(plain["train"]) == 10
+
+
+def test_retention_share(tmp_path):
+    new, old = audiofolder(tmp_path / "new"), audiofolder(tmp_path / "old", seed=500)
+    speech = load_speech(arguments(new, retention_dataset_name=str(old), retention_share=0.2))
+    origins = speech["train"].column("dataset")
+    assert (origins.count(str(new)), origins.count(str(old))) == (8, 2)
+    assert set(speech["retention"].column("dataset")) == {str(old)} and len(speech["retention"]) == 4
+    again = load_speech(arguments(new, retention_dataset_name=str(old), retention_share=0.2))
+    assert again["train"].column("id") == speech["train"].column("id")
+
+
+def test_validation_is_carved_by_whole_speakers(tmp_path):
+    audiofolder(tmp_path, (("train", 20), ("test", 2)), speaker=lambda i: f"s{i % 5}")
+    speech = load_speech(arguments(tmp_path, validation_share=0.2))
+    assert len(speech["validation"]) == 4 and len(speech["train"]) == 16
+    assert not set(speech["validation"].column("speaker")) & set(speech["train"].column("speaker"))
+
+
+def test_several_test_splits_are_joined(tmp_path):
+    audiofolder(tmp_path, (("train", 4), ("validation", 2), ("near", 2), ("far", 3)))
+    speech = load_speech(arguments(tmp_path, test_split_name=["near", "far"]))
+    assert speech["test"].column("split") == ["near"] * 2 + ["far"] * 3
+
+
+# --- Filters -------------------------------------------------------------------------------------------------------
+
+
+def test_every_filter_counts_and_shows_an_example(tmp_path):
+    from transformers import WhisperProcessor
+
+    processor = WhisperProcessor.from_pretrained(NANO)
+    audiofolder(tmp_path, (("train", 4), ("validation", 2), ("test", 7)))
+    for name, seconds in (("test_2", 0.05), ("test_3", 9.0)):
+        (tmp_path / "test" / f"{name}.flac").write_bytes(flac(900, seconds))
+    texts = ["one", "  ", "one", "one", "two " * 30, "one", "three"]
+    table(tmp_path / "test" / "metadata.csv",
+          [{"file_name": f"test_{i}.flac", "text": text} for i, text in enumerate(texts)])
+    speech = load_speech(arguments(tmp_path), processor, max_label_length=20)
+    assert len(speech["test"]) == 3
+    dropped = speech.account["splits"]["test"]["dropped"]
+    assert {reason: entry["count"] for reason, entry in dropped.items()} == {
+        "empty text": 1, "shorter than 0.1 s": 1, "longer than 5 s": 1, "labels longer than 20 tokens": 1}
+    assert dropped["longer than 5 s"]["example"] == "row 4, test_3.flac: 9.00 s"
+    longest = len(processor.tokenizer("two " * 30).input_ids) - 1
+    assert dropped["labels longer than 20 tokens"]["example"] == f"row 5, test_4.flac: {longest} tokens"
+    assert len(load_speech(arguments(tmp_path), processor, max_label_length=longest)["test"]) == 4
+
+
+def test_characters_that_cannot_be_spelled_are_left_out(tmp_path):
+    from transformers import WhisperTokenizer
+
+    from hfspeech.data.rows import Filters
+
+    vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "\u0120": 3}
+    tokenizer = WhisperTokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>")
+    reasons = Filters(0.1, None, tokenizer, 448).reasons(["ab a", "abc"], [1.0, 1.0])
+    assert reasons[0] is None
+    assert "cannot spell" in reasons[1][0] and "c" in reasons[1][1]
+
+
+def test_nothing_left_says_why(tmp_path):
+    audiofolder(tmp_path)
+    with pytest.raises(UserError, match=r"No row of test is left: 4 shorter than 2 s \(row 1, test_0.flac"):
+        load_split(arguments(tmp_path, min_duration_in_seconds=2.0), "test")
+
+
+# --- Bad audio -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content, reason", [(b"", "0 bytes"), (b"no audio at all" * 300, "not an audio file"),
+                                             (flac(1)[:3000], "truncated")])  # fmt: skip
+def test_bad_header_stops_or_is_skipped(tmp_path, content, reason):
+    audiofolder(tmp_path)
+    (tmp_path / "train" / "train_2.flac").write_bytes(content)
+    if reason == "truncated":  # a FLAC header says nothing of the cut: it shows when the row is decoded
+        row = load_speech(arguments(tmp_path))["train"][2]
+        assert row["waveform"] is None and row["bad_audio"].startswith("row 3, train_2.flac: truncated")
+        return
+    with pytest.raises(UserError, match=f"Row 3, train_2.flac: {reason}.*--on_bad_audio skip"):
+        load_speech(arguments(tmp_path))
+    speech = load_speech(arguments(tmp_path, on_bad_audio="skip"))
+    assert len(speech["train"]) == 7
+    entry = speech.account["splits"]["train"]["dropped"]["bad audio"]
+    assert entry["count"] == 1 and entry["example"].startswith("row 3, train_2.flac: ")
+
+
+@pytest.mark.parametrize("waveform, reason", [(np.zeros(8000), "all samples are zero"), (np.full(8000, np.nan), "NaN")])
+def test_bad_samples_are_named_when_the_row_is_decoded(tmp_path, waveform, reason):
+    audiofolder(tmp_path)
+    soundfile.write(tmp_path / "test" / "bad.wav", waveform, 16000, subtype="FLOAT")
+    table(tmp_path / "test" / "metadata.csv", [{"file_name": "bad.wav", "text": "a"}])
+    row = load_split(arguments(tmp_path), "test")[0]
+    assert row["waveform"] is None and row["bad_audio"].startswith(f"row 1, bad.wav: {reason}")
+
+
+# --- Leaks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["test", "validation"])
+def test_same_audio_under_another_name_stops_the_run(tmp_path, other):
+    audiofolder(tmp_path)
+    (tmp_path / other / f"{other}_1.flac").write_bytes((tmp_path / "train" / "train_5.flac").read_bytes())
+    with pytest.raises(UserError, match=rf"1 of the \d rows of {other} .* train .*{other}_1.flac.*train_5.flac"):
+        load_speech(arguments(tmp_path))
+
+
+def test_same_id_stops_the_run_but_row_numbers_do_not(tmp_path):
+    audiofolder(tmp_path, clip=lambda i: f"clip{i}", id=lambda i: i)
+    assert len(load_speech(arguments(tmp_path))["train"]) == 8
+    with pytest.raises(UserError, match="same id"):
+        load_speech(arguments(tmp_path, id_column_name="clip"))
+
+
+def test_segments_leak_only_where_they_overlap(tmp_path):
+    soundfile.write(tmp_path / "long.wav", sound(1, 6.0), 16000)
+
+    def write(test_offset):
+        for split, offset in (("train", 0.0), ("validation", 5.0), ("test", test_offset)):
+            table(tmp_path / f"{split}.jsonl",
+                  [{"audio_filepath": "long.wav", "offset": offset, "duration": 1.0, "text": "a"}])
+
+    write(2.0)
+    assert len(load_speech(arguments(tmp_path))["test"]) == 1
+    write(0.5)
+    with pytest.raises(UserError, match="same audio"):
+        load_speech(arguments(tmp_path))
+
+
+# --- Mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dataset_name": ["./nowhere"]}, "No such file or folder: ./nowhere"),
+        ({"dataset_name": ["nowhere"]}, "owner/name"),
+        ({"text_column_name": "txt"}, "no column txt for --text_column_name; it has: .*Did you mean text"),
+        ({"group_columns": ["accnt"]}, "no column accnt for --group_columns.*Did you mean accent"),
+        ({"test_split_name": ["tset"]}, "no split named tset .*--test_split_name.*Did you mean test"),
+        ({"eval_split_name": "dev2"}, "no split named dev2 .*--eval_split_name"),
+        ({"dataset_weights": [1.0, 2.0]}, "--dataset_weights"),
+        ({"dataset_config_name": ["a", "b"]}, "--dataset_config_name has 2 values for 1 datasets"),
+    ],
+)
+def test_mistakes_say_what_to_type(tmp_path, change, message):
+    audiofolder(tmp_path, accent=lambda i: "north")
+    with pytest.raises(UserError, match=message):
+        load_speech(DataArguments(**({"dataset_name": [str(tmp_path)]} | change)))
+
+
+def test_ambiguous_text_column(tmp_path):
+    audiofolder(tmp_path, sentence=lambda i: "a")
+    with pytest.raises(UserError, match="several columns for the text: text, sentence; choose with --text_column_name"):
+        load_speech(arguments(tmp_path))
+    assert load_speech(arguments(tmp_path, text_column_name="sentence"))["test"][0]["text"] == "a"
+
+
+def test_folder_without_metadata_says_what_to_write(tmp_path):
+    (tmp_path / "a.flac").write_bytes(flac(1))
+    with pytest.raises(UserError, match="metadata.csv with the columns file_name and text"):
+        load_speech(arguments(tmp_path))
+
+
+def test_durations_in_milliseconds_are_not_believed(tmp_path):
+    audiofolder(tmp_path, duration=lambda i: 500 + 10 * i)
+    assert load_speech(arguments(tmp_path))["test"].column("duration_s") == pytest.approx([0.5, 0.51, 0.52, 0.53])
+
+
+# --- Streaming and the Hub -----------------------------------------------------------------------------------------
+
+
+def test_streamed_rows_are_the_loaded_rows(tmp_path):
+    audiofolder(tmp_path, speaker=lambda i: f"s{i}")
+    table(tmp_path / "train" / "metadata.csv",
+          [{"file_name": f"train_{i}.flac", "text": "" if i == 3 else f"word {i}"} for i in range(8)])
+    loaded, streamed = load_speech(arguments(tmp_path)), load_speech(arguments(tmp_path, streaming=True))
+    rows = sorted(streamed["train"], key=lambda row: row["row"])
+    assert [row["text"] for row in rows] == loaded["train"].column("text")
+    assert [row["id"] for row in rows] == loaded["train"].column("id")
+    for row, other in zip(rows, (loaded["train"][i] for i in range(7))):
+        assert np.array_equal(row["waveform"], other["waveform"])
+    assert streamed.account["splits"]["train"]["dropped"]["empty text"]["count"] == 1
+    assert len(streamed["test"]) == 4
+
+
+def test_bad_audio_in_a_stream_stops_or_is_counted(tmp_path):
+    audiofolder(tmp_path)
+    soundfile.write(tmp_path / "train" / "train_2.flac", np.zeros(8000), 16000)
+    with pytest.raises(UserError, match="Row 3, train_2.flac: all samples are zero.*--on_bad_audio skip"):
+        list(load_speech(arguments(tmp_path, streaming=True))["train"])
+    speech = load_speech(arguments(tmp_path, streaming=True, on_bad_audio="skip"))
+    assert len(list(speech["train"])) == 7
+    assert speech.account["splits"]["train"]["dropped"]["bad audio"]["count"] == 1
+
+
+def test_streamed_row_of_the_test_split_stops_the_run(tmp_path):
+    for number, (split, size) in enumerate((("train", 6), ("validation", 2), ("test", 2))):
+        table(tmp_path / f"{split}.parquet", parquet_rows(split, size, 2 if split == "test" else 100 * number))
+    with pytest.raises(UserError, match="also stands in test"):
+        list(load_speech(arguments(tmp_path, streaming=True))["train"])
+
+
+PROGRAM = """
+import json, sys
+from hfspeech.arguments import DataArguments
+from hfspeech.data import load_speech
+from hfspeech.errors import UserError
+for change in json.loads(sys.argv[1]):
+    try:
+        speech = load_speech(DataArguments(**change))
+        train = list(speech["train"]) if change.get("streaming") else [speech["train"][i] for i in range(2)]
+        print(json.dumps({"train": len(train) if change.get("streaming") else len(speech["train"]),
+                          "test": len(speech["test"]), "samples": len(train[0]["waveform"]),
+                          "commit": speech.account["datasets"][0]["commit"]}))
+    except UserError as error:
+        print(json.dumps({"error": str(error)}))
+"""
+
+
+def load_in_subprocess(env, *changes):
+    env = env | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(changes)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_hub_datasets(tmp_path):
+    for seed, id in ((0, "me/public"), (1000, "me/private"), (2000, "me/gated")):
+        folder = tmp_path / "hub/datasets" / id / "data"
+        table(folder / "train-00000-of-00001.parquet", parquet_rows("train", 40, seed))
+        table(folder / "test-00000-of-00001.parquet", parquet_rows("test", 4, seed + 100))
+    with LoopbackHub(tmp_path / "hub", private=["me/private"], gated=["me/gated"]) as hub:
+        public, streamed, private, gated, revision, config, split = load_in_subprocess(
+            hub.env(tmp_path / "home"),
+            {"dataset_name": ["me/public"]},
+            {"dataset_name": ["me/public"], "streaming": True},
+            {"dataset_name": ["me/private"]},
+            {"dataset_name": ["me/gated"]},
+            {"dataset_name": ["me/public"], "dataset_revision": ["missing"]},
+            {"dataset_name": ["me/public"], "dataset_config_name": ["xx"]},
+            {"dataset_name": ["me/public"], "test_split_name": ["tst"]},
+        )
+        commit = hub.commit("datasets", "me/public")
+        assert public == {"train": 30, "test": 4, "samples": 8000, "commit": commit}
+        assert streamed["train"] == 38 and streamed["commit"] == commit
+        assert "hf auth login" in private["error"] and "private" in private["error"]
+        assert "hf auth login" in gated["error"]
+        assert "no revision missing" in revision["error"]
+        assert "one of: default" in config["error"]
+        assert "it has: train, test" in split["error"]
+        with_token = load_in_subprocess(
+            hub.env(tmp_path / "home", TOKEN), {"dataset_name": ["me/private"]},
+            {"dataset_name": ["me/gated"], "streaming": True},
+        )  # fmt: skip
+        assert [row["test"] for row in with_token] == [4, 4]
+        offline = hub.env(tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
+    cached, absent = load_in_subprocess(offline, {"dataset_name": ["me/public"]}, {"dataset_name": ["me/none"]})
+    assert cached == public
+    assert "not in the cache" in absent["error"] and "HF_HUB_OFFLINE" in absent["error"]

@@ -1,0 +1,183 @@
+"""Tests of inference: where recordings are cut, what comes back in which order, and that it agrees with stock code."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+
+from hfspeech.arguments import DataArguments
+from hfspeech.audio import decode, write
+from hfspeech.data import load_split
+from hfspeech.errors import UserError
+from hfspeech.inference import evaluate_rows, find_pieces, joined, transcribe
+from hfspeech.metrics import TranscriptScore
+from hfspeech.models import load_for_inference
+
+ASSETS = Path(__file__).parents[1] / "assets"
+NANO = ASSETS / "nano_whisper"
+CLIPS = ASSETS / "espeak_digits" / "test"
+RATE = 16000
+WINDOW_S = 5
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """The nano Whisper's shape with random weights: enough for everything but the words."""
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(NANO)).eval()
+    model.generation_config = GenerationConfig.from_pretrained(NANO)
+    return model, WhisperProcessor.from_pretrained(NANO)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return load_for_inference(NANO)
+
+
+def clip(number):
+    return decode(CLIPS / f"{number:05}.ogg")
+
+
+def clip_texts():
+    with open(CLIPS / "metadata.csv", encoding="utf-8") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+def tones(*spans, seconds, noise=0.0):
+    """A recording with a tone in each span of seconds, over white noise."""
+    rng = np.random.default_rng(0)
+    time = np.arange(round(seconds * RATE)) / RATE
+    on = sum(((time >= start) & (time < end)).astype(float) for start, end in spans)
+    return (0.3 * on * np.sin(2 * np.pi * 440 * time) + noise * rng.standard_normal(len(time))).astype(np.float32)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.003])
+def test_pieces_are_cut_in_pauses_and_hold_all_sound(noise):
+    spans = [(0.5, 2.0), (2.4, 4.2), (4.6, 6.8), (12.0, 13.0)]
+    waveform = tones(*spans, seconds=20, noise=noise)
+    pieces = [(start / RATE, end / RATE) for start, end in find_pieces(waveform, RATE, WINDOW_S)]
+    for start, end in spans:
+        assert sum(a <= start and end <= b for a, b in pieces) == 1, (start, end, pieces)
+    assert all(b - a <= WINDOW_S for a, b in pieces)
+    assert all(b <= c for (_, b), (c, _) in zip(pieces, pieces[1:]))
+    assert sum(b - a for a, b in pieces) < 9, "silence is left out"
+
+
+def test_speech_without_pauses_is_cut_but_not_lost():
+    waveform = tones(seconds=12, noise=0.1)
+    pieces = find_pieces(waveform, RATE, WINDOW_S)
+    assert pieces[0][0] == 0 and pieces[-1][1] == len(waveform)
+    assert all(b == c for (_, b), (c, _) in zip(pieces, pieces[1:]))
+    assert max(b - a for a, b in pieces) <= WINDOW_S * RATE
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, RATE])
+def test_silence_holds_no_piece(samples):
+    assert find_pieces(np.zeros(samples, np.float32), RATE, WINDOW_S) == []
+
+
+@pytest.mark.parametrize("timestamps", ["pauses", "model"])
+def test_every_recording_gets_its_segments_in_order_whatever_the_batch(untrained, timestamps):
+    long = np.concatenate([clip(i) for i in range(4)])
+    waveforms = [clip(0), np.zeros(RATE, np.float32), long, clip(1)]
+    progress = []
+    results = [
+        list(transcribe(*untrained, waveforms, batch_size, timestamps=timestamps, on_progress=progress.append))
+        for batch_size in (1, 3)
+    ]
+    assert results[0] == results[1]
+    assert len(results[0]) == 4
+    assert results[0][1] == []
+    for waveform, segments in zip(waveforms, results[0]):
+        times = [segment[name] for segment in segments for name in ("start_s", "end_s")]
+        assert times == sorted(times)
+        assert all(0 <= time <= len(waveform) / RATE + 0.001 for time in times)
+    assert sum(progress) / 2 == pytest.approx(sum(map(len, waveforms)) / RATE - 1, abs=1.5)
+
+
+def test_recordings_are_drawn_only_when_needed(untrained):
+    drawn = []
+
+    def waveforms():
+        for i in range(5):
+            drawn.append(i)
+            yield clip(0)
+
+    next(transcribe(*untrained, waveforms(), batch_size=2))
+    assert drawn == [0, 1]
+
+
+def test_a_model_without_timestamp_tokens_says_so(untrained):
+    model, processor = untrained
+    saved = model.generation_config.no_timestamps_token_id
+    model.generation_config.no_timestamps_token_id = None
+    try:
+        with pytest.raises(UserError, match="--timestamps"):
+            next(transcribe(model, processor, [clip(0)], timestamps="model"))
+    finally:
+        model.generation_config.no_timestamps_token_id = saved
+
+
+@pytest.fixture
+def mixed_rows(tmp_path):
+    """Two clips, a recording longer than the window, and one whose header promises more than there is."""
+    write(tmp_path / "long.wav", np.concatenate([clip(i) for i in range(4)]))
+    write(tmp_path / "broken.wav", clip(3))
+    whole = (tmp_path / "broken.wav").read_bytes()
+    (tmp_path / "broken.wav").write_bytes(whole[: len(whole) // 2])
+    texts = clip_texts()
+    rows = [
+        (CLIPS / "00000.ogg", texts[0], 2.9),
+        (tmp_path / "long.wav", " ".join(texts[:4]), round(sum(len(clip(i)) for i in range(4)) / RATE, 2)),
+        (tmp_path / "broken.wav", texts[3], 2.1),
+        (CLIPS / "00001.ogg", texts[1], 3.8),
+    ]
+    lines = ["file_name,text,duration", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "test.csv").write_text("\n".join(lines) + "\n")
+    return load_split(DataArguments(dataset_name=[str(tmp_path)]), "test")
+
+
+def test_evaluation_agrees_with_stock_inference_and_leaves_out_only_what_is_broken(untrained, mixed_rows):
+    model, processor = untrained
+    metrics = TranscriptScore(processor, None, "basic")
+    progress = []
+    score, rows, bad_audio = evaluate_rows(
+        model, processor, mixed_rows, metrics, batch_size=2, on_bad_audio="skip", on_progress=progress.append
+    )
+    assert [row["row"] for row in rows] == [1, 2, 4]
+    assert score["rows"] == 3 and sum(progress) == 4
+    assert len(bad_audio) == 1 and "broken.wav" in bad_audio[0]
+    features = processor(clip(1), sampling_rate=RATE, return_tensors="pt").input_features
+    stock = processor.batch_decode(
+        model.generate(features, language="en", task="transcribe"), skip_special_tokens=True
+    )
+    assert rows[2]["prediction"] == stock[0].strip()
+    pieces = next(transcribe(model, processor, [mixed_rows[1]["waveform"]]))
+    assert len(pieces) > 1 and rows[1]["prediction"] == joined(pieces)
+
+
+def test_evaluation_stops_at_broken_audio_unless_told_to_skip_it(untrained, mixed_rows):
+    with pytest.raises(UserError, match=r"broken\.wav.*--on_bad_audio skip"):
+        evaluate_rows(*untrained, mixed_rows, len)
+
+
+def test_the_shipped_model_writes_down_a_shipped_clip(trained):
+    texts = clip_texts()
+    found = [joined(segments) for segments in transcribe(*trained, [clip(i) for i in range(5)])]
+    assert sum(text == right for text, right in zip(found, texts)) >= 4, list(zip(found, texts))
+
+
+def test_a_long_recording_comes_back_whole_and_in_order(trained):
+    texts, numbers = clip_texts(), range(8)
+    gap = np.zeros(RATE // 2, np.float32)
+    waveform = np.concatenate([part for i in numbers for part in (clip(i), gap)])
+    segments = next(transcribe(*trained, [waveform], batch_size=4))
+    assert segments[0]["start_s"] >= 0 and segments[-1]["end_s"] <= len(waveform) / RATE
+    times = [segment[name] for segment in segments for name in ("start_s", "end_s")]
+    assert times == sorted(times)
+    score = TranscriptScore(trained[1], None, "basic")
+    rows = [{"prediction": joined(segments), "text": " ".join(texts[i] for i in numbers)}]
+    assert score(rows)["wer"] < 0.1
