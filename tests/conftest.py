@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything asks the Hub; tests of the Hub bring their own
+
 ROOT = Path(__file__).parent.parent
 NANO = ROOT / "assets/nano_whisper"
 DIGITS = ROOT / "assets/espeak_digits"

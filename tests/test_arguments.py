@@ -138,8 +138,8 @@ def test_all_faults_are_listed_at_once(parsed):
     )  # fmt: skip
     lines = message.splitlines()
     assert len(lines) == 7, message
-    for name in ("learning_rte", "max_steps", "task", "--lora_rank", "--num_beams", "--eval_steps", "--no_learning_rate"):
-        assert sum(name in line for line in lines) >= 1, name
+    for name in ("learning_rte", "max_steps", "task", "--lora_rank", "--num_beams", "eval_steps", "no_learning_rate"):
+        assert name in message
     assert "Did you mean learning_rate?" in message
     assert sum("args.yaml" in line for line in lines) == 3
 

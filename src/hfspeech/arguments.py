@@ -237,7 +237,7 @@ NOT_IDENTITY = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "choices",
     "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_steps",
     "logging_strategy", "logging_first_step", "save_total_limit", "resume_from_checkpoint", "per_device_eval_batch_size",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "project", "trackio_space_id",
+    "on_bad_audio", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "project", "trackio_space_id",
 }  # fmt: skip
 
 # Settings that have a default and where null says something else: keep every checkpoint.

@@ -7,14 +7,17 @@ import os
 import re
 import signal
 import time
+import zipfile
 from pathlib import Path
 
+import safetensors
 import torch
 from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .batching import LengthBucketSampler, LongestFirstSampler
 from .errors import Interrupted, UserError
@@ -59,6 +62,11 @@ class SpeechTrainer(Seq2SeqTrainer):
             )
         if train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
             raise UserError("A streamed dataset has no length: say how long to train with --max_steps.")
+        if args.resume_from_checkpoint and not is_whole_checkpoint(args.resume_from_checkpoint):
+            raise UserError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a whole checkpoint: leave the flag out to "
+                "go on from the last whole one."
+            )
         self.stop_request = _StopRequest()
         callbacks = [_SpeechCallback(self)]
         if args.early_stopping_patience is not None:
@@ -116,7 +124,8 @@ class SpeechTrainer(Seq2SeqTrainer):
             self._progress["audio_seconds"] += sum(batch["duration_s"])
         for sentence in batch["bad_audio"]:
             if self.data_collator.on_bad_audio == "error":
-                raise UserError(f"{sentence}. Leave such rows out with --on_bad_audio skip.")
+                saved = self._save_what_is_trained() if self._stage == "train" else ""
+                raise UserError(f"{sentence}. Leave such rows out with --on_bad_audio skip.{saved}")
             if sentence not in self._bad_audio.setdefault(self._stage, {}):
                 logger.warning("left out: %s", sentence)
             self._bad_audio[self._stage][sentence] = True
@@ -237,7 +246,10 @@ class SpeechTrainer(Seq2SeqTrainer):
             Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved and the sentence says how to go on.
             UserError: the disk is full, the GPU is too small, or the loss is no longer a number.
         """
-        checkpoint = self._checkpoint_to_resume()
+        checkpoint = self.args.resume_from_checkpoint or last_checkpoint(self.args.output_dir)
+        if checkpoint and "train" in self.results:
+            self._load_finished(checkpoint)
+            return
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         state = sum(p.numel() for p in self.model.parameters() if p.requires_grad) * ADAM_BYTES_PER_PARAMETER
         require_space(self.args.output_dir, (weights + state) * ((self.args.save_total_limit or 2) + 1))
@@ -269,17 +281,6 @@ class SpeechTrainer(Seq2SeqTrainer):
             "log": [entry for entry in self.state.log_history if "loss" in entry or "eval_loss" in entry],
         }
 
-    def _checkpoint_to_resume(self):
-        given = self.args.resume_from_checkpoint
-        if given:
-            if not is_whole_checkpoint(given):
-                raise UserError(
-                    f"--resume_from_checkpoint {given} is not a whole checkpoint: leave the flag out to go on from the "
-                    "last whole one."
-                )
-            return given
-        return last_checkpoint(self.args.output_dir)
-
     def _progress_now(self):
         """Returns the seconds spent training (evaluation left out) and the audio seen by all processes, so far."""
         audio = torch.tensor(self._progress["audio_seconds"], dtype=torch.float64, device=self.args.device)
@@ -287,6 +288,23 @@ class SpeechTrainer(Seq2SeqTrainer):
             "seconds": self._progress["seconds"] + time.time() - self._started - self._evaluation_seconds,
             "audio_seconds": self.accelerator.reduce(audio, "sum").item(),
         }
+
+    def _load_finished(self, checkpoint):
+        """Loads the weights that a finished run ended with: those of the best checkpoint, or of the last."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        folder = Path(self.args.output_dir) / Path(best or checkpoint).name
+        logger.info("This run is finished: nothing is trained any more, its weights are those of %s", folder)
+        self._load_from_checkpoint(str(folder if is_whole_checkpoint(folder) else checkpoint))
+
+    def _save_what_is_trained(self):
+        """Saves a checkpoint of the last whole step if there is none, and returns the sentence that says so."""
+        step = self.state.global_step
+        if not step or self.args.world_size > 1:  # the other processes are not here to take part
+            return ""
+        if last_checkpoint(self.args.output_dir, step) is None:
+            self._save_checkpoint(self.model, None)
+        return f" The {step} steps trained so far are saved: the same command goes on from there."
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -338,12 +356,9 @@ class _Stoppable:
         if kind is not KeyboardInterrupt:
             return
         trainer = self.trainer
-        step = trainer.state.global_step
-        if trainer.is_in_train and step and last_checkpoint(trainer.args.output_dir, step) is None:
-            trainer._save_checkpoint(trainer.model, None)
-        saved = f"checkpoint-{step} is saved in {trainer.args.output_dir}" if step else "nothing had been trained yet"
+        saved = trainer._save_what_is_trained() if trainer.is_in_train else ""
         raise Interrupted(
-            f"Stopped at step {step} while evaluating; {saved}. Run the same command again to go on."
+            f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}"
         ) from None
 
 
@@ -404,13 +419,18 @@ def last_checkpoint(output_dir, step=None):
 
 
 def is_whole_checkpoint(folder):
-    """Tells whether a checkpoint was written to its end: Trainer writes its state last."""
+    """Tells whether a checkpoint was written to its end: Trainer writes its state last, and a disk may fill up before."""
     folder = Path(folder)
+    weights = [folder / name for name in (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        for path in weights[:2]:
+            if path.exists():
+                safetensors.safe_open(path, "pt")
+    except (OSError, ValueError, safetensors.SafetensorError):
         return False
-    return (folder / PROGRESS_FILE).exists() and (folder / "optimizer.pt").exists()
+    return any(path.exists() for path in weights) and zipfile.is_zipfile(folder / "optimizer.pt")
 
 
 def _summed_cross_entropy(logits, labels, label_smoothing=0.0):
