@@ -291,6 +291,7 @@ def _evaluate(args):
         arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "run"}
         result = {
             "model": args.model,
+            "model_commit": model.hub_commit,
             "dataset": args.dataset_name,
             "split": args.split,
             **score,

@@ -55,6 +55,7 @@ def load_whisper(model_args):
             )
         # Stock loading makes one up if the file is damaged.
         model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+        model.hub_commit = _hub_commit(source, revision)
     set_language(model, processor, model_args.language, model_args.task, model_args.timestamps)
     if model_args.freeze_encoder:
         model.freeze_encoder()
@@ -95,6 +96,7 @@ def load_for_inference(name_or_path, revision="main", language=None, task=None):
             config = _whisper_config(source, revision)
             model = WhisperForConditionalGeneration.from_pretrained(source, config=config, revision=revision)
             processor = _processor(source, revision)
+        model.hub_commit = _hub_commit(source, revision, ADAPTER_CONFIG if adapter else "config.json")
     generation = model.generation_config
     if language or task:
         language = language or getattr(generation, "language", None)
@@ -286,6 +288,14 @@ def _processor(source, revision):
     if "<|startoftranscript|>" not in processor.tokenizer.get_vocab():  # stock loading makes up an empty tokenizer
         raise OSError("its tokenizer is missing")
     return processor
+
+
+def _hub_commit(source, revision, filename="config.json"):
+    """Returns the commit that a revision stands for on the Hub, or None for a local folder."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    return extract_commit_hash(cached_file(source, filename, revision=revision), None)
 
 
 def _read_adapter_config(source, revision):

@@ -231,6 +231,12 @@ class SpeechTrainer(Seq2SeqTrainer):
             "account": speech.account,
             "bad_audio": {stage: {"count": len(s), "examples": list(s)[:3]} for stage, s in bad_audio.items()},
         }
+        settings = self.args.run_arguments
+        self.results["model"] = {
+            "name_or_path": settings.get("model_name_or_path") or settings.get("config_name"),
+            "revision": settings.get("model_revision"),
+            "commit": whisper_of(self.model).hub_commit,  # what the revision stood for on the Hub; None locally
+        }
         self.results["environment"] = environment()
         self.results["arguments"] = self.args.run_arguments
         if self.args.process_index == 0:

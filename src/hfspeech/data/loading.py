@@ -223,7 +223,9 @@ class _Loader:
     def log(self):
         for name, entry in self.account["splits"].items():
             if entry["rows"]:
-                logger.info("%s: %d rows, %.2f hours", name, entry["rows"], entry["hours"])
+                hours = entry["hours"]
+                length = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+                logger.info("%s: %d rows, %s", name, entry["rows"], length)
             for reason, left_out in entry["dropped"].items():
                 logger.info("%s: %d left out, %s, such as %s", name, left_out["count"], reason, left_out["example"])
 
