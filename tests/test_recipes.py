@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -106,12 +107,11 @@ def weights(output_dir):
     return load_file(output_dir / name)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_killed_and_resumed_equals_uninterrupted(recipe, few_digits, tmp_path, finished_runs):
+@pytest.mark.parametrize("recipe, processes", [("whisper_lora", 1), ("whisper_full", 2)])
+def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, tmp_path, finished_runs):
     """SIGKILL after a checkpoint, one checkpoint left half-written; the same command goes on to the same weights."""
-    command = recipe_command(
-        recipe, *SHORT, "--report_to", "tensorboard", data=few_digits, output_dir=tmp_path / "run"
-    )
+    settings = {"data": few_digits, "output_dir": tmp_path / "run", "processes": processes}
+    command = recipe_command(recipe, *SHORT, **settings)
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
     wait_for(tmp_path / "run/checkpoint-2/trainer_state.json", process)
@@ -120,9 +120,10 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, few_digits, tmp_path, f
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_step": 10')
 
-    done = launch(recipe, *SHORT, "--report_to", "tensorboard", data=few_digits, output_dir=tmp_path / "run")
+    done = launch(recipe, *SHORT, **settings)
     assert "Going on from" in done.stderr and "half-written" in done.stderr
-    whole = finished_runs(recipe)
+    assert not broken.exists()
+    whole = finished_runs(recipe, processes)
     resumed = json.loads((tmp_path / "run/results.json").read_text())
     uninterrupted = json.loads((whole / "results.json").read_text())
     assert resumed["train"]["steps"] == 6
@@ -140,16 +141,24 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, few_digits, tmp_path, f
 
 @pytest.fixture(scope="module")
 def finished_runs(few_digits, tmp_path_factory):
-    """Gives the output folder of an uninterrupted short run of a recipe, each run once."""
-    folders = {}
-
-    def run(recipe):
-        if recipe not in folders:
-            folders[recipe] = tmp_path_factory.mktemp("whole") / recipe
-            launch(recipe, *SHORT, data=few_digits, output_dir=folders[recipe])
-        return folders[recipe]
+    """Gives the output folder of an uninterrupted short run of a recipe."""
+    def run(recipe, processes):
+        folder = tmp_path_factory.mktemp("whole") / recipe
+        launch(recipe, *SHORT, data=few_digits, output_dir=folder, processes=processes)
+        return folder
 
     return run
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_arguments_file_serves_another_dataset(recipe, few_digits, tmp_path):
+    """What the README says: args.yaml with a dataset of one's own, whose splits and columns are named otherwise."""
+    command = [sys.executable, f"recipes/{recipe}/run.py", "--dataset_name", str(few_digits), "--language", "english"]
+    command += ["--model_name_or_path", str(NANO), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Left aside, for they describe the dataset of" in done.stderr
+    assert json.loads((tmp_path / "run/results.json").read_text())["rows"]["test"] == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -94,6 +94,27 @@ def test_a_finished_run_trains_no_more(few_digits, tmp_path):
     assert again.results["train"] == first.results["train"]
 
 
+def test_a_run_killed_after_its_last_step_trains_no_more(few_digits, tmp_path):
+    """Four steps of the six in a pass, and nothing but the checkpoints left: no fifth step, and the same record."""
+    first = make_trainer(few_digits, tmp_path)
+    first.train_or_resume()
+    (tmp_path / "results.json").unlink()
+    again = make_trainer(few_digits, tmp_path)
+    again.train_or_resume()
+    assert again.state.global_step == again.results["train"]["steps"] == 4
+    assert not (tmp_path / "checkpoint-5").exists()
+    assert again.results["train"]["audio_seconds"] == pytest.approx(first.results["train"]["audio_seconds"])
+
+
+def test_data_that_changed_stops_the_run(few_digits, tmp_path):
+    first = make_trainer(few_digits, tmp_path)
+    first.measure("before", first.speech)
+    again = make_trainer(few_digits, tmp_path)
+    again.speech["test"] = again.speech["test"].select(range(5))
+    with pytest.raises(UserError, match="test had 8 rows, now 5"):
+        again.measure("before", again.speech)
+
+
 def test_the_best_checkpoint_by_wer_is_kept(few_digits, tmp_path):
     """A learning rate that wrecks the model: the end is worse than the first checkpoint, which is what is kept."""
     trainer = make_trainer(few_digits, tmp_path, max_steps=12, learning_rate=3.0, lr_scheduler_type="constant")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from .errors import UserError, nearest
+
+logger = logging.getLogger("hfspeech")
 
 
 @dataclass
@@ -55,6 +58,18 @@ class DataArguments:
     )
     retention_dataset_name: str = field(
         default=None, metadata={"help": "Data of the old condition: what the model must not forget."}
+    )
+    retention_dataset_config_name: str = field(
+        default=None, metadata={"help": "Configuration of the retention dataset on the Hub."}
+    )
+    retention_dataset_revision: str = field(
+        default=None, metadata={"help": "Branch, tag or commit of the retention dataset on the Hub."}
+    )
+    retention_train_split_name: str = field(
+        default="train", metadata={"help": "Split of the retention dataset that is played on."}
+    )
+    retention_test_split_name: str = field(
+        default="test", metadata={"help": "Split of the retention dataset that is measured."}
     )
     retention_share: float = field(
         default=0.0, metadata={"help": "Share of the training rows drawn from the old condition's train split."}
@@ -217,6 +232,11 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_num_workers()
             self.choices.append(f"{self.dataloader_num_workers} dataloader workers: from the number of cores")
+        if self.eval_strategy == "no":
+            if self.early_stopping_patience is not None:
+                raise UserError("--early_stopping_patience needs evaluations: leave --eval_strategy no out.")
+            self.load_best_model_at_end = False
+            self.choices.append("the last checkpoint is kept, not the best: no evaluations")
         if self.accelerator_config is None:
             # Every process reads a stream itself: accelerate's dispatcher can send tensors only.
             self.accelerator_config = {"dispatch_batches": False}
@@ -234,7 +254,7 @@ def default_num_workers():
 
 # What may differ between two launches of the same run: where it writes and what it prints, never what it computes.
 NOT_IDENTITY = {
-    "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "choices",
+    "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "use_cpu",
     "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_steps",
     "logging_strategy", "logging_first_step", "save_total_limit", "resume_from_checkpoint", "per_device_eval_batch_size",
     "on_bad_audio", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "project", "trackio_space_id",
@@ -299,6 +319,7 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
     fields = {f.name: f for dtype in dataclass_types for f in dataclasses.fields(dtype) if f.init}
     known = set(fields)
     faults, tokens = [], []
+    settings = _of_this_dataset(settings, flags, source)
 
     for name, value in settings.items():
         if name not in known:
@@ -342,6 +363,25 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
     for instance in instances:
         instance.run_arguments = run_arguments
     return instances
+
+
+# What describes one dataset and seldom fits another.
+_DATASET_SETTINGS = {
+    "dataset_config_name", "dataset_revision", "dataset_weights", "train_split_name", "eval_split_name",
+    "test_split_name", "audio_column_name", "text_column_name", "id_column_name", "speaker_column_name",
+    "group_columns",
+}  # fmt: skip
+
+
+def _of_this_dataset(settings, flags, source):
+    """Leaves aside what the file says of its dataset if the command line names another one."""
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    if "dataset_name" not in given or "dataset_name" not in settings:
+        return settings
+    aside = [name for name in settings if name in _DATASET_SETTINGS and name not in given]
+    if aside:
+        logger.info("Left aside, for they describe the dataset of %s: %s", source, ", ".join(aside))
+    return {name: value for name, value in settings.items() if name not in aside}
 
 
 def _group_flags(flags):

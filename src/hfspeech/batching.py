@@ -1,6 +1,12 @@
 """From decoded rows to batches: log-mel features and labels made when they are needed, in batches of like length."""
 
+import numpy as np
 import torch
+
+from .text import labels_of
+
+# A recording may outlast the model's window by this much, which is cut off: its times are rounded somewhere.
+CUT_SLACK_S = 0.1
 
 
 class WhisperCollator:
@@ -10,36 +16,54 @@ class WhisperCollator:
         processor: `WhisperProcessor` whose tokenizer is set to the language, task and timestamps.
         on_bad_audio: `error` or `skip`; the trainer reads it when a batch reports a row that could not be decoded.
 
-    Calling it with a list of rows (dicts with `index`, `waveform` float32 at the processor's sampling rate or None,
-    `text`, `duration_s`, `bad_audio`) returns a dict:
+    Calling it with a list of rows (dicts with `index`, `row`, `id`, `waveform` float32 at the processor's sampling rate
+    or None, `text`, `duration_s`; where `waveform` is None `bad_audio` or `fatal` says why; rows of a stream also
+    have `left_out`) returns a dict:
         input_features: (batch, num_mel_bins, frames) float32, the waveform padded with silence to the whole window.
         labels: (batch, tokens) int64, right-padded with -100, without the leading start token, which Whisper adds.
         index: list of int, the rows' places in their dataset.
         duration_s: list of float, seconds of audio before padding.
         bad_audio: list of str, a sentence for every row left out of this batch.
+        left_out: list of [reason, row, detail], the rows of a stream that its filters rejected.
+        fatal: list of str, the faults that have to stop the run.
+    A batch without a good row has a short silence for features and nothing but -100 for labels: every process must
+    take part in every step.
     """
 
     def __init__(self, processor, on_bad_audio="error"):
         self.processor = processor
         self.on_bad_audio = on_bad_audio
-        self._last_good = None
 
     def __call__(self, rows):
-        bad = [row["bad_audio"] for row in rows if row["waveform"] is None]
-        good = [row for row in rows if row["waveform"] is not None]
-        if good:
-            self._last_good = good[0]
-        batch = {
+        bad_audio = [row["bad_audio"] for row in rows if row.get("bad_audio")]
+        good = []
+        for row in rows:
+            if row["waveform"] is not None:
+                too_long = self._too_long(row)
+                bad_audio += too_long
+                good += [] if too_long else [row]
+        return {
+            "input_features": self.features([row["waveform"] for row in good] or [np.zeros(1600, np.float32)]),
+            "labels": self.labels([row["text"] for row in good], [row["duration_s"] for row in good])
+            if good
+            else torch.full((1, 1), -100),
             "index": [row.get("index") for row in good],
             "duration_s": [row["duration_s"] for row in good],
-            "bad_audio": bad,
+            "bad_audio": bad_audio,
+            "left_out": [entry for row in rows for entry in row.get("left_out") or []],
+            "fatal": [row["fatal"] for row in rows if row.get("fatal")],
         }
-        # Every process must take part in every step, so a batch with no good row repeats an earlier one.
-        rows = good or ([self._last_good] if self._last_good else [])
-        if rows:
-            batch["input_features"] = self.features([row["waveform"] for row in rows])
-            batch["labels"] = self.labels([row["text"] for row in rows], [row["duration_s"] for row in rows])
-        return batch
+
+    def _too_long(self, row):
+        """Returns a sentence in a list if the window would cut off speech whose text stays, else an empty list."""
+        extractor = self.processor.feature_extractor
+        seconds = len(row["waveform"]) / extractor.sampling_rate
+        if seconds <= extractor.chunk_length + CUT_SLACK_S:
+            return []
+        return [
+            f"row {row['row']}, {row['id']}: lasts {seconds:.1f} s, longer than the model's window of "
+            f"{extractor.chunk_length} s"
+        ]
 
     def features(self, waveforms):
         """Returns the log-mel features of a list of 16 kHz waveforms, (batch, num_mel_bins, frames) float32."""
@@ -48,28 +72,11 @@ class WhisperCollator:
 
     def labels(self, texts, durations_s):
         """Returns the target tokens of a list of texts, (batch, tokens) int64 padded with -100."""
-        tokenizer = self.processor.tokenizer
-        ids = [label_ids(tokenizer, text, duration_s) for text, duration_s in zip(texts, durations_s)]
+        ids = labels_of(self.processor.tokenizer, texts, durations_s)
         labels = torch.full((len(ids), max(map(len, ids))), -100)
         for row, tokens in enumerate(ids):
             labels[row, : len(tokens)] = torch.tensor(tokens)
         return labels
-
-
-def label_ids(tokenizer, text, duration_s):
-    """Returns the tokens that Whisper learns to write for one text: prefix, text, end; without the start token.
-
-    With timestamps on (`tokenizer.predict_timestamps`), a text that has none gets the start and end of its recording.
-    """
-    if tokenizer.predict_timestamps and not text.startswith("<|"):
-        end = min(round(duration_s / 0.02) * 0.02, 30.0)
-        text = f"<|0.00|>{text if text.startswith(' ') else ' ' + text}<|{end:.2f}|>"
-    ids = tokenizer(text).input_ids
-    # The model shifts the labels right and puts decoder_start_token_id in front, so a second one must not stay here.
-    # (bos_token_id is another token, <|endoftext|>.)
-    if ids[0] == tokenizer.convert_tokens_to_ids("<|startoftranscript|>"):
-        ids = ids[1:]
-    return ids
 
 
 class LengthBucketSampler(torch.utils.data.Sampler):

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from .errors import Interrupted, UserError, explain_errors, nearest
+from .errors import UserError, explain_errors, nearest
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".mp4", ".aac", ".webm", ".wma")
 SUBTITLE_S = 8.0  # longest subtitle, so that it can be read at a glance
@@ -34,10 +34,7 @@ def main(argv=None):
             f"hfspeech {args.command}: there is no setting {unknown[0].partition('=')[0]}."
             f"{nearest(unknown[0].partition('=')[0], known)} See hfspeech {args.command} --help."
         )
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        raise Interrupted("Stopped.") from None
+    return args.run(args)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -277,7 +274,7 @@ def _evaluate(args):
         own = model.generation_config
         language = (getattr(own, "language", None) or "").strip("<|>")
         task = args.task or getattr(own, "task", None) or "transcribe"
-        set_language(model, processor, language, task, bool(own.return_timestamps))
+        set_language(model, processor, language, task, bool(getattr(own, "return_timestamps", False)))
     compute_metrics = TranscriptScore(processor, args.group_columns, args.normalizer)
     with enough_memory(), tqdm(total=len(dataset), unit=" rows", desc="evaluating", disable=None) as bar:
         score, rows, bad_audio = evaluate_rows(

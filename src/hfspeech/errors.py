@@ -41,6 +41,9 @@ def explain_errors(main):
             # Not print: the sentence would stand at the end of a progress bar.
             tqdm.write(f"process {rank}: {error}" if rank else str(error), file=sys.stderr)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print("Stopped.", file=sys.stderr)
+            sys.exit(Interrupted.exit_code)
 
     return wrapper
 

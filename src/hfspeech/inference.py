@@ -53,8 +53,8 @@ def transcribe(model, processor, waveforms, batch_size=16, max_piece_s=None, tim
         if waveform is not None:
             spans = find_pieces(waveform, rate, limit_s)
             done = []
-            recordings.append((done, len(spans)))
             before = [0, *(end for _, end in spans)]
+            recordings.append((done, len(spans), len(waveform) - before[-1]))
             queue.extend((done, start, waveform[start:end], end - last) for (start, end), last in zip(spans, before))
         while len(queue) >= batch_size or (waveform is None and queue):
             batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
@@ -64,7 +64,9 @@ def transcribe(model, processor, waveforms, batch_size=16, max_piece_s=None, tim
             if on_progress:
                 on_progress(sum(samples for *_, samples in batch) / rate)
         while recordings and len(recordings[0][0]) == recordings[0][1]:
-            done, _ = recordings.popleft()
+            done, _, silence = recordings.popleft()
+            if on_progress and silence:
+                on_progress(silence / rate)
             yield [segment for segments in done for segment in segments]
 
 
@@ -143,6 +145,8 @@ def evaluate_rows(
     )
     texts, long_rows, bad_audio = {}, [], []
     for batch in loader:
+        if batch["fatal"]:
+            raise UserError(batch["fatal"][0])
         for sentence in batch["bad_audio"]:
             if on_bad_audio == "error":
                 raise UserError(f"{sentence}. Leave such rows out with --on_bad_audio skip.")
@@ -182,7 +186,8 @@ class _EvaluationCollator:
             "index": [row["index"] for row in short],
             "input_features": self.collator.features([row["waveform"] for row in short]) if short else None,
             "long": [row["index"] for row in good if len(row["waveform"]) > self.max_samples],
-            "bad_audio": [row["bad_audio"] for row in rows if row["waveform"] is None],
+            "bad_audio": [row["bad_audio"] for row in rows if row.get("bad_audio")],
+            "fatal": [row["fatal"] for row in rows if row.get("fatal")],
         }
 
 

@@ -92,7 +92,8 @@ class TranscriptScore:
 
     def __init__(self, processor, group_columns=None, name="auto"):
         tokenizer = processor.tokenizer
-        self.normalizer = normalizer_named(name, tokenizer.language or "en", tokenizer)
+        language = "en" if tokenizer.task == "translate" else tokenizer.language or "en"  # of the text, not the speech
+        self.normalizer = normalizer_named(name, language, tokenizer)
         self.group_columns = group_columns or []
 
     def __call__(self, rows):

@@ -12,6 +12,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGU
 from .errors import UserError, nearest
 
 ADAPTER_CONFIG = "adapter_config.json"
+MULTILINGUAL_VOCABULARY = 51865  # the English-only checkpoints have 51,864 tokens
 
 
 def load_whisper(model_args):
@@ -53,9 +54,9 @@ def load_whisper(model_args):
                 attn_implementation=model_args.attn_implementation,
                 quantization_config=quantization,
             )
-        # Stock loading makes one up if the file is damaged.
-        model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+        model.generation_config = _generation_config(source, revision, config, processor)
         model.hub_commit = _hub_commit(source, revision)
+    model.encoder_stays_frozen = model_args.freeze_encoder
     set_language(model, processor, model_args.language, model_args.task, model_args.timestamps)
     if model_args.freeze_encoder:
         model.freeze_encoder()
@@ -76,26 +77,24 @@ def load_for_inference(name_or_path, revision="main", language=None, task=None):
     source = resolve(name_or_path)
     with loading(source, revision):
         adapter = _read_adapter_config(source, revision)
+        base = resolve(adapter["base_model_name_or_path"]) if adapter else source
+        base_revision = (adapter["revision"] or "main") if adapter else revision
+        with loading(base, base_revision):
+            config = _whisper_config(base, base_revision)
+            model = WhisperForConditionalGeneration.from_pretrained(
+                base,
+                config=config,
+                revision=base_revision,
+                dtype="auto" if best_device().type == "cuda" else torch.float32,  # CPUs are slow, and coarse, in fp16
+            )
         if adapter:
             from peft import PeftModel
 
-            base = resolve(adapter["base_model_name_or_path"])
-            with loading(base, adapter.get("revision") or "main"):
-                config = _whisper_config(base, adapter.get("revision") or "main")
-                model = WhisperForConditionalGeneration.from_pretrained(
-                    base, config=config, revision=adapter.get("revision") or "main"
-                )
             model = PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
-            with contextlib.suppress(OSError):  # an adapter saved by another tool may have no generation config
-                model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-            try:
-                processor = _processor(source, revision)
-            except OSError:
-                processor = _processor(base, adapter.get("revision") or "main")
-        else:
-            config = _whisper_config(source, revision)
-            model = WhisperForConditionalGeneration.from_pretrained(source, config=config, revision=revision)
-            processor = _processor(source, revision)
+        # An adapter saved by another tool may have neither tokenizer nor generation config: its base has.
+        processor = _processor(source if _has(source, "tokenizer_config.json", revision) else base, revision)
+        place = (source, revision) if _has(source, "generation_config.json", revision) else (base, base_revision)
+        model.generation_config = _generation_config(*place, config, processor)
         model.hub_commit = _hub_commit(source, revision, ADAPTER_CONFIG if adapter else "config.json")
     generation = model.generation_config
     if language or task:
@@ -124,20 +123,20 @@ def add_lora(model, lora_args):
     import peft
 
     targets = lora_args.lora_target_modules
-    encoder_is_frozen = not any(p.requires_grad for p in model.model.encoder.parameters())
     # No task_type: SEQ_2_SEQ_LM would pass input_ids, which Whisper's forward does not take.
     config = peft.LoraConfig(
         r=lora_args.lora_r,
         lora_alpha=lora_args.lora_alpha,
         lora_dropout=lora_args.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        exclude_modules=r".*model\.encoder\..*" if encoder_is_frozen and not is_quantized(model) else None,
+        exclude_modules=r".*model\.encoder\..*" if model.encoder_stays_frozen else None,
         use_dora=lora_args.use_dora,
     )
     if is_quantized(model):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        return peft.get_peft_model(model, config)
+        # The commit, so that whoever loads the adapter gets the very base that it was trained on.
+        return peft.get_peft_model(model, config, revision=model.hub_commit)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
@@ -288,6 +287,36 @@ def _processor(source, revision):
     if "<|startoftranscript|>" not in processor.tokenizer.get_vocab():  # stock loading makes up an empty tokenizer
         raise OSError("its tokenizer is missing")
     return processor
+
+
+def _has(source, filename, revision):
+    from transformers.utils import cached_file
+
+    return cached_file(source, filename, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _generation_config(source, revision, config, processor):
+    """Returns a model's generation config; what an older one lacks is taken from the configuration and the tokenizer."""
+    if _has(source, "generation_config.json", revision):  # stock loading makes one up if the file is damaged
+        generation = GenerationConfig.from_pretrained(source, revision=revision)
+    else:
+        generation = GenerationConfig(max_length=config.max_target_positions)
+    ids = processor.tokenizer.get_vocab()
+    found = {
+        "is_multilingual": config.vocab_size >= MULTILINGUAL_VOCABULARY,
+        "lang_to_id": {f"<|{code}|>": ids[f"<|{code}|>"] for code in LANGUAGES if f"<|{code}|>" in ids},
+        "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate") if f"<|{task}|>" in ids},
+        "no_timestamps_token_id": ids.get("<|notimestamps|>"),
+        "prev_sot_token_id": ids.get("<|startofprev|>"),
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "return_timestamps": False,
+    }
+    for name, value in found.items():
+        if getattr(generation, name, None) is None:
+            setattr(generation, name, value)
+    return generation
 
 
 def _hub_commit(source, revision, filename="config.json"):

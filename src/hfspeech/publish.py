@@ -72,9 +72,11 @@ def where_it_lies(trainer):
     """Returns the folder of the model and the line of stock code that loads it."""
     output_dir = trainer.args.output_dir
     if hasattr(trainer.model, "peft_config"):
-        base = next(iter(trainer.model.peft_config.values())).base_model_name_or_path
+        config = next(iter(trainer.model.peft_config.values()))
+        revision = f', revision="{config.revision}"' if config.revision else ""
+        base = f'WhisperForConditionalGeneration.from_pretrained("{config.base_model_name_or_path}"{revision})'
         kind = "adapter"
-        code = f'PeftModel.from_pretrained(WhisperForConditionalGeneration.from_pretrained("{base}"), "{output_dir}")'
+        code = f'PeftModel.from_pretrained({base}, "{output_dir}")'
     else:
         kind = "model"
         code = f'WhisperForConditionalGeneration.from_pretrained("{output_dir}")'

@@ -39,6 +39,7 @@ def open_run(train_args):
         return
     output_dir = Path(train_args.output_dir)
     identity = {k: v for k, v in train_args.run_arguments.items() if k not in NOT_IDENTITY}
+    identity["processes"] = train_args.world_size  # more of them make a larger global batch
     claim_folder(output_dir)
     require_space(output_dir, _NEEDED_BYTES)
     record = output_dir / RUN_FILE

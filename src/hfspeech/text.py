@@ -1,11 +1,13 @@
-"""Text normalisers: what counts as the same word when a transcript is scored."""
+"""Text on both ends: the tokens a model learns to write, and what counts as the same word when it is scored."""
 
+import re
 import unicodedata
 from collections.abc import Callable
 
 from .errors import UserError, nearest
 
 NORMALIZERS = ("none", "basic", "english", "marks", "auto")
+TIMESTAMP = re.compile(r"<\|(\d+\.\d\d)\|>")
 
 
 def normalizer(name: str, language: str | None = None, tokenizer=None) -> Callable[[str], str]:
@@ -83,3 +85,39 @@ def _remove_symbols_but_not_marks(text):
 
 def _is_english(language):
     return (language or "").lower().replace("_", "-").split("-")[0] in ("en", "english")
+
+
+def label_ids(tokenizer, text, duration_s):
+    """Returns the tokens that Whisper learns to write for one text; see `labels_of`."""
+    return labels_of(tokenizer, [text], [duration_s])[0]
+
+
+def labels_of(tokenizer, texts, durations_s):
+    """Returns the tokens that Whisper learns to write for each text: prefix, text, end; without the start token.
+
+    With timestamps on (`tokenizer.predict_timestamps`), a text that has none gets the start and end of its recording,
+    the end at most the tokenizer's last timestamp.
+
+    Args:
+        tokenizer: a Whisper tokenizer, its prefix tokens set.
+        texts: list of str.
+        durations_s: list of float, the recordings' seconds.
+
+    Returns:
+        list of lists of int.
+    """
+    if tokenizer.predict_timestamps:
+        stamps = (TIMESTAMP.fullmatch(token) for token in tokenizer.get_added_vocab())
+        last_s = max((float(stamp[1]) for stamp in stamps if stamp), default=30.0)
+        texts = [_with_timestamps(text, min(seconds, last_s)) for text, seconds in zip(texts, durations_s)]
+    labels = tokenizer(texts).input_ids
+    # The model shifts the labels right and puts decoder_start_token_id in front, so a second one must not stay here.
+    # (bos_token_id is another token, <|endoftext|>.)
+    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    return [ids[1:] if ids[0] == start else ids for ids in labels]
+
+
+def _with_timestamps(text, end_s):
+    if text.startswith("<|"):
+        return text
+    return f"<|0.00|>{text if text.startswith(' ') else ' ' + text}<|{round(end_s / 0.02) * 0.02:.2f}|>"

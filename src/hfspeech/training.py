@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import time
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
@@ -24,6 +25,7 @@ from .errors import Interrupted, UserError
 from .models import is_quantized, whisper_of
 from .runs import RESULTS_FILE, environment, peak_rss_bytes, read_json, require_space, write_json, write_jsonl, writing
 
+_LOGGED = ("loss", "wer", "cer")
 PREDICTIONS_FILE = "predictions.jsonl"
 PROGRESS_FILE = "progress.json"
 ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
@@ -88,7 +90,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.results = read_json(self.results_file) if self.results_file.exists() else {}
         self.predictions = _read_predictions(Path(args.output_dir) / PREDICTIONS_FILE)
         self._progress = {"seconds": 0.0, "audio_seconds": 0.0}
-        self._bad_audio = {}
+        self._bad_audio, self._left_out = {}, {}
+        self._evaluation_seconds = 0.0
         self._stage = "train"
         for choice in args.choices:
             logger.info(choice)
@@ -110,9 +113,11 @@ class SpeechTrainer(Seq2SeqTrainer):
         ).logits
         loss = _summed_cross_entropy(logits, labels, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
-            return loss / labels.ne(-100).sum()
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss / num_items_in_batch * scale
+            num_items_in_batch, scale = labels.ne(-100).sum(), 1
+        else:
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        # No tokens at all: every row of the step was left out, and nothing is to be learnt from it.
+        return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * scale
 
     def _decoder_input_ids(self, labels):
         config = whisper_of(self.accelerator.unwrap_model(self.model)).config
@@ -122,15 +127,17 @@ class SpeechTrainer(Seq2SeqTrainer):
         """Adds up the audio trained on, and stops at a broken recording or remembers it."""
         if self._stage == "train":
             self._progress["audio_seconds"] += sum(batch["duration_s"])
+        for reason, row, detail in batch["left_out"]:
+            self._left_out.setdefault(reason, {}).setdefault(row, detail)
+        stops = batch["fatal"]
+        if self.data_collator.on_bad_audio == "error":
+            stops = stops + [f"{s}. Leave such rows out with --on_bad_audio skip." for s in batch["bad_audio"]]
+        if stops:
+            raise UserError(stops[0] + (self._save_what_is_trained() if self.is_in_train else ""))
         for sentence in batch["bad_audio"]:
-            if self.data_collator.on_bad_audio == "error":
-                saved = self._save_what_is_trained() if self._stage == "train" else ""
-                raise UserError(f"{sentence}. Leave such rows out with --on_bad_audio skip.{saved}")
             if sentence not in self._bad_audio.setdefault(self._stage, {}):
                 logger.warning("left out: %s", sentence)
             self._bad_audio[self._stage][sentence] = True
-        if "labels" not in batch:
-            raise UserError(f"No row of a whole batch can be decoded, the first one is: {batch['bad_audio'][0]}.")
 
     # Batches
 
@@ -152,7 +159,18 @@ class SpeechTrainer(Seq2SeqTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Encodes each batch once, takes the loss and the generated text from it, and scores each row once."""
-        started, stage, self._stage = time.time(), self._stage, metric_key_prefix
+        started, self._stage = time.time(), metric_key_prefix
+        try:
+            score, rows = self._score(dataloader)
+        finally:
+            self._stage = "train"
+        self._evaluation_seconds += time.time() - started
+        self.last_evaluation = score, rows
+        metrics = {f"{metric_key_prefix}_{name}": score[name] for name in _LOGGED}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _score(self, dataloader):
+        """Returns the score of a dataloader's rows, with their loss, and the rows with their predictions."""
         model = self.accelerator.unwrap_model(self.model).eval()
         whisper = whisper_of(model)
         tokenizer = self.processing_class.tokenizer
@@ -175,7 +193,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             losses = [_summed_cross_entropy(row, label).item() for row, label in zip(logits, labels)]
             counts = labels.ne(-100).sum(dim=1).tolist()
-            # A batch without a good row repeats an earlier one, which zip leaves out here: it has no index.
+            # A batch without a good row is a moment of silence, which zip leaves out here: it has no index.
             found += zip(batch["index"], texts, losses, counts)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             if self.stop_request.received and self.args.world_size == 1:
@@ -188,14 +206,10 @@ class SpeechTrainer(Seq2SeqTrainer):
         ]
         if not rows:
             raise UserError("Nothing is left to evaluate: every row of the split is unreadable.")
-        score = self.compute_metrics(rows)
+        if self._stop_is_asked() and not self.is_in_train:  # training stops after its next step
+            raise KeyboardInterrupt
         loss = sum(loss for _, loss, _ in by_index.values()) / sum(count for *_, count in by_index.values())
-        self.last_evaluation = {"loss": loss, **score}, rows
-        metrics = {f"{metric_key_prefix}_loss": loss}
-        metrics |= {f"{metric_key_prefix}_{k}": v for k, v in score.items() if isinstance(v, float) and k in _LOGGED}
-        self._stage = stage
-        self._evaluation_seconds = getattr(self, "_evaluation_seconds", 0.0) + time.time() - started
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+        return {"loss": loss, **self.compute_metrics(rows)}, rows
 
     def measure(self, when, speech):
         """Scores the test rows, and those of the old condition, `before` or `after` training.
@@ -206,6 +220,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             when: `before` or `after`.
             speech: what `load_speech` returned.
         """
+        self._require_same_data(speech)
         for split in ("test", "retention"):
             place = self.results if split == "test" else self.results.setdefault("retention", {})
             if split not in speech or (when == "before" and when in place):
@@ -220,17 +235,40 @@ class SpeechTrainer(Seq2SeqTrainer):
                 entry[when] = row["prediction"]
             self.write_results(speech)
 
+    def _require_same_data(self, speech):
+        """Refuses to go on with a run whose data is no longer what it began with."""
+        earlier, account = self.results.get("rows"), json.loads(json.dumps(speech.account))
+        if not earlier:
+            return
+        now = {split: len(rows) if has_length(rows) else None for split, rows in speech.items()}
+        changed = [split for split, count in now.items() if earlier.get(split, count) != count]
+        if changed or earlier["account"]["datasets"] != account["datasets"]:
+            what = (
+                f"{changed[0]} had {earlier[changed[0]]} rows, now {now[changed[0]]}" if changed else "another commit"
+            )
+            raise UserError(
+                f"The data of {self.args.output_dir} has changed since that run began ({what}): choose another "
+                "--output_dir."
+            )
+
     def write_results(self, speech):
         """Writes everything known so far to `results.json` and `predictions.jsonl`, whole or not at all."""
-        bad_audio = {}
-        for found in gather_object([self._bad_audio]):
-            for stage, sentences in found.items():
-                bad_audio.setdefault(stage, {}).update(sentences)
+        bad_audio, left_out = {}, {}
+        for found_bad, found_left_out in gather_object([(self._bad_audio, self._left_out)]):
+            for target, found in ((bad_audio, found_bad), (left_out, found_left_out)):
+                for name, entries in found.items():
+                    target.setdefault(name, {}).update(entries)
+        account = json.loads(json.dumps(speech.account))
+        for reason, rows in left_out.items():  # of a stream, whose rows are looked at as they come
+            row, detail = next(iter(rows.items()))
+            example = {"count": len(rows), "example": f"{row}: {detail}" if detail else row}
+            account["splits"].setdefault("train", {"rows": None, "dropped": {}})["dropped"][reason] = example
         self.results["rows"] = {
             **{split: len(rows) if has_length(rows) else None for split, rows in speech.items()},
-            "account": speech.account,
+            "account": account,
             "bad_audio": {stage: {"count": len(s), "examples": list(s)[:3]} for stage, s in bad_audio.items()},
         }
+        self.results["choices"] = self.args.choices
         settings = self.args.run_arguments
         self.results["model"] = {
             "name_or_path": settings.get("model_name_or_path") or settings.get("config_name"),
@@ -239,9 +277,13 @@ class SpeechTrainer(Seq2SeqTrainer):
         }
         self.results["environment"] = environment()
         self.results["arguments"] = self.args.run_arguments
+        self._write_results_file()
+        if self.args.process_index == 0:
+            write_jsonl(self.results_file.with_name(PREDICTIONS_FILE), self.predictions.values())
+
+    def _write_results_file(self):
         if self.args.process_index == 0:
             write_json(self.results_file, self.results)
-            write_jsonl(self.results_file.with_name(PREDICTIONS_FILE), self.predictions.values())
 
     # Training
 
@@ -253,8 +295,9 @@ class SpeechTrainer(Seq2SeqTrainer):
             UserError: the disk is full, the GPU is too small, or the loss is no longer a number.
         """
         checkpoint = self.args.resume_from_checkpoint or last_checkpoint(self.args.output_dir)
-        if checkpoint and "train" in self.results:
-            self._load_finished(checkpoint)
+        if self.args.process_index == 0:
+            remove_half_written(self.args.output_dir)
+        if checkpoint and self._load_finished(checkpoint):
             return
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         state = sum(p.numel() for p in self.model.parameters() if p.requires_grad) * ADAM_BYTES_PER_PARAMETER
@@ -276,7 +319,10 @@ class SpeechTrainer(Seq2SeqTrainer):
                 f"Stopped at step {self.state.global_step} of {self.state.max_steps}; checkpoint-{self.state.global_step} "
                 f"is saved in {self.args.output_dir}. Run the same command again to go on."
             )
-        progress = self._progress_now()
+        self._record_training(self._progress_now())
+
+    def _record_training(self, progress):
+        """Puts what training took into the results, at once, so that nothing that follows can lose it."""
         self.results["train"] = {
             "steps": self.state.global_step,
             "best_step": self.state.best_global_step or self.state.global_step,
@@ -286,6 +332,15 @@ class SpeechTrainer(Seq2SeqTrainer):
             "peak_rss_bytes": peak_rss_bytes(),
             "log": [entry for entry in self.state.log_history if "loss" in entry or "eval_loss" in entry],
         }
+        self._write_results_file()
+
+    def _stop_is_asked(self):
+        """Tells whether a signal has come; under several processes it may have reached them at different steps."""
+        stop = torch.tensor(float(self.stop_request.received), device=self.args.device)
+        if self.args.world_size > 1:
+            stop = gather(stop.reshape(1)).max()
+        self.stop_request.received = bool(stop.item())
+        return self.stop_request.received
 
     def _progress_now(self):
         """Returns the seconds spent training (evaluation left out) and the audio seen by all processes, so far."""
@@ -296,12 +351,19 @@ class SpeechTrainer(Seq2SeqTrainer):
         }
 
     def _load_finished(self, checkpoint):
-        """Loads the weights that a finished run ended with: those of the best checkpoint, or of the last."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        """Loads the weights that a finished run ended with and returns True, or returns False if it is not finished."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if "train" not in self.results and state.global_step < state.max_steps:
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         folder = Path(self.args.output_dir) / Path(best or checkpoint).name
         logger.info("This run is finished: nothing is trained any more, its weights are those of %s", folder)
         self._load_from_checkpoint(str(folder if is_whole_checkpoint(folder) else checkpoint))
+        if "train" not in self.results:  # it was killed right after its last step
+            progress = read_json(Path(checkpoint) / PROGRESS_FILE)
+            self._record_training({**progress, "audio_seconds": progress["audio_seconds"] * self.args.world_size})
+        return True
 
     def _save_what_is_trained(self):
         """Saves a checkpoint of the last whole step if there is none, and returns the sentence that says so."""
@@ -325,9 +387,6 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def _stoppable(self):
         return _Stoppable(self)
-
-
-_LOGGED = ("wer", "cer")
 
 
 class _StopRequest:
@@ -363,9 +422,7 @@ class _Stoppable:
             return
         trainer = self.trainer
         saved = trainer._save_what_is_trained() if trainer.is_in_train else ""
-        raise Interrupted(
-            f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}"
-        ) from None
+        raise Interrupted(f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}") from None
 
 
 class _SpeechCallback(TrainerCallback):
@@ -381,11 +438,7 @@ class _SpeechCallback(TrainerCallback):
                 holder.set_epoch(epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
-        stop = self.trainer.stop_request.received
-        if args.world_size > 1:  # a signal may reach the processes at different steps
-            stop = self.trainer.accelerator.reduce(torch.tensor(float(stop), device=args.device), "max").item() > 0
-            self.trainer.stop_request.received = stop
-        if stop:
+        if self.trainer._stop_is_asked():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
@@ -413,15 +466,22 @@ class _ProgressLines(ProgressCallback):
 
 
 def last_checkpoint(output_dir, step=None):
-    """Returns the newest whole checkpoint folder (or that of one step) as a str, or None; half-written ones go away."""
+    """Returns the newest whole checkpoint folder, or that of one step, as a str; None if there is none."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     for folder in sorted(folders, key=lambda p: -int(p.name.split("-")[1])):
         if step is not None and folder.name != f"checkpoint-{step}":
             continue
         if is_whole_checkpoint(folder):
             return str(folder)
-        logger.warning("%s is half-written: it is left out", folder)
     return None
+
+
+def remove_half_written(output_dir):
+    """Deletes the checkpoints of a run that were not written to their end: they would count among those to keep."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and not is_whole_checkpoint(folder):
+            logger.warning("%s is half-written: it is deleted", folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_whole_checkpoint(folder):
@@ -446,7 +506,8 @@ def _summed_cross_entropy(logits, labels, label_smoothing=0.0):
 
 
 def _read_predictions(path):
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is damaged: delete its folder, or choose another --output_dir.") from None
     return {(row["set"], row["row"]): row for row in rows}

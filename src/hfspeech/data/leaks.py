@@ -7,7 +7,7 @@ import os
 from hfspeech.errors import UserError
 
 
-def check_leaks(splits):
+def check_leaks(splits, is_carved=False):
     """Stops the run if a recording stands in two of the splits.
 
     The same audio means the same bytes in the same or overlapping segments. Files are hashed only where another
@@ -15,6 +15,7 @@ def check_leaks(splits):
 
     Args:
         splits: name → `datasets.Dataset` with the hidden columns `recording_id` and `num_bytes`.
+        is_carved: validation was taken from train, so what has to be changed is train.
 
     Raises:
         UserError: names the two splits, how many rows they share, and the first of them.
@@ -28,10 +29,11 @@ def check_leaks(splits):
             if shared:
                 first, second, why = shared[0]
                 count = len({row for _, row, _ in shared})
+                source = "train" if other == "validation" and is_carved else other
                 raise UserError(
                     f"{count} of the {len(splits[name])} rows of {name} also stand in {other} (same {why}): "
                     f"{_name(splits[name], second)} is {_name(splits[other], first)} of {other}. "
-                    f"Take them out of {other}, or choose other splits."
+                    f"Take them out of {source}, or choose other splits."
                 )
 
 
@@ -43,20 +45,44 @@ def shared_rows(one, two):
         if key in seen:
             shared.append((seen[key], row, "id"))
 
-    in_one, in_two = _by_size(one), _by_size(two)
-    spans_one, spans_two = _spans(one), _spans(two)
-    one, two = one.select_columns("audio"), two.select_columns("audio")
-    for size in in_one.keys() & in_two.keys():
-        by_content = {}
-        for row in in_one[size]:
-            by_content.setdefault(content_hash(one[row]["audio"]), []).append((row, *spans_one[row]))
-        for row in in_two[size]:
-            start, end = spans_two[row]
-            for other, other_start, other_end in by_content.get(content_hash(two[row]["audio"]), ()):
-                if start < other_end and other_start < end:
-                    shared.append((other, row, "audio"))
-                    break
+    known = Recordings(one)
+    spans, sizes, two = _spans(two), two["num_bytes"][:], two.select_columns("audio")
+    for row, (size, span) in enumerate(zip(sizes, spans)):
+        if size in known.by_size:
+            other = known.find(two[row]["audio"], size, *span)
+            if other is not None:
+                shared.append((other, row, "audio"))
     return shared
+
+
+class Recordings:
+    """Finds among the rows of a dataset the one that has the same audio as a given recording.
+
+    Args:
+        rows: `datasets.Dataset` with undecoded audio and the column `num_bytes`.
+    """
+
+    def __init__(self, rows):
+        self.by_size = {}
+        for row, size in enumerate(rows["num_bytes"][:]):
+            self.by_size.setdefault(size, []).append(row)
+        self._spans = _spans(rows)
+        self._audio = rows.select_columns("audio")
+        self._by_content = {}
+
+    def find(self, audio, num_bytes, start_s, end_s):
+        """Returns the number of a row with the same bytes whose segment overlaps this one, or None."""
+        if num_bytes not in self.by_size:
+            return None
+        if num_bytes not in self._by_content:
+            by_content = self._by_content[num_bytes] = {}
+            for row in self.by_size[num_bytes]:
+                by_content.setdefault(content_hash(self._audio[row]["audio"]), []).append(row)
+        for row in self._by_content[num_bytes].get(content_hash(audio), ()):
+            start, end = self._spans[row]
+            if start_s < end and start < end_s:
+                return row
+        return None
 
 
 def content_hash(audio):
@@ -77,19 +103,13 @@ def _recordings(rows):
     return list(zip(rows["dataset"][:], rows["recording_id"][:]))
 
 
-def _by_size(rows):
-    by_size = {}
-    for row, size in enumerate(rows["num_bytes"][:]):
-        by_size.setdefault(size, []).append(row)
-    return by_size
-
-
 def _spans(rows):
-    """The segment that each row takes of its file, as (from, to) in seconds."""
-    return [
-        (0.0, float("inf")) if offset is None else (offset, offset + duration)
-        for offset, duration in zip(rows["offset_s"][:], rows["duration_s"][:])
-    ]
+    return [span(*row) for row in zip(rows["offset_s"][:], rows["duration_s"][:])]
+
+
+def span(offset_s, duration_s):
+    """Returns the segment that a row takes of its file, as (from, to) in seconds."""
+    return (0.0, float("inf")) if offset_s is None else (offset_s, offset_s + duration_s)
 
 
 def _name(rows, row):

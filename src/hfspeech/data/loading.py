@@ -8,6 +8,7 @@ import numpy as np
 from hfspeech.data.leaks import check_leaks, shared_rows
 from hfspeech.data.rows import (
     HIDDEN,
+    SCHEMA,
     Dropped,
     Filters,
     SpeechDataset,
@@ -16,7 +17,7 @@ from hfspeech.data.rows import (
     read_rows,
 )
 from hfspeech.data.sources import open_source
-from hfspeech.data.streaming import CARVED_ROWS, EVAL_ROWS, mix_streams, stream_rows, take_rows
+from hfspeech.data.streaming import CARVED_ROWS, EVAL_ROWS, decode_stream, mix_streams, stream_rows, take_rows
 from hfspeech.errors import UserError, nearest
 
 logger = logging.getLogger("hfspeech")
@@ -43,8 +44,9 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448):
     has its share and every row is used at least once. Validation is carved from train, whole speakers where there is
     a speaker column, if no dataset has it. `max_*_samples` count in each dataset and split, before the filters.
 
-    When streaming, train is a `datasets.IterableDataset` of the same decoded rows, filtered as they come (its account
-    grows meanwhile, in the process that reads it); validation and test are read into memory.
+    When streaming, train is a `datasets.IterableDataset` of the same decoded rows, filtered as they come; validation
+    and test are read into memory. The account of train starts empty then: what the filters reject is listed in
+    `left_out` of the next row that they let through, because rows may be read in other processes.
 
     Args:
         data_args: the `DataArguments`.
@@ -57,8 +59,8 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448):
         retention dataset is given.
 
     Raises:
-        UserError: a dataset, split or column is missing, audio is bad, a split is empty, or a recording stands in two
-            splits.
+        UserError: a dataset, split or column is missing, audio is bad, a split is empty, a recording stands in two
+            splits, or `max_duration_in_seconds` is longer than the model's window.
     """
     loader = _Loader(data_args, processor, max_label_length, ["train", "validation", "test"])
     sources = loader.open(data_args.dataset_name, data_args.dataset_config_name, data_args.dataset_revision)
@@ -71,9 +73,18 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448):
     splits = {"validation": evals, "test": tests}
     retained = None
     if data_args.retention_dataset_name:
-        retained = loader.open([data_args.retention_dataset_name], None, None)
+        retained = loader.open(
+            [data_args.retention_dataset_name],
+            data_args.retention_dataset_config_name,
+            data_args.retention_dataset_revision,
+            flags="--retention_dataset",
+        )
         splits["retention"] = loader.join(
-            retained, ["test"], "retention", "--retention_dataset_name", data_args.max_test_samples
+            retained,
+            [data_args.retention_test_split_name],
+            "retention",
+            "--retention_test_split_name",
+            data_args.max_test_samples,
         )
 
     if data_args.streaming:
@@ -83,10 +94,15 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448):
         sources, data_args.train_split_name, "train", "--train_split_name", data_args.max_train_samples
     )
     if splits["validation"] is None:
-        train, splits["validation"] = _carve(train, data_args.validation_share, seed, loader.account)
+        train, splits["validation"] = _carve(
+            train, data_args.validation_share, data_args.max_eval_samples, seed, loader.account
+        )
+        loader.is_carved = True
     train = _mix(train, weights, seed)
     if retained and data_args.retention_share > 0:
-        old = loader.parts(retained, "train", "train", "--retention_dataset_name", None)[0]
+        old = loader.parts(
+            retained, data_args.retention_train_split_name, "train", "--retention_train_split_name", None
+        )[0]
         train = _add_share(train, old, data_args.retention_share, seed)
     return loader.finish({"train": train, **splits})
 
@@ -122,18 +138,25 @@ class _Loader:
         max_duration_s = data_args.max_duration_in_seconds
         if max_duration_s is None and processor is not None:
             max_duration_s = float(processor.feature_extractor.chunk_length)
+        elif processor is not None and max_duration_s > processor.feature_extractor.chunk_length:
+            window_s = processor.feature_extractor.chunk_length
+            raise UserError(
+                f"--max_duration_in_seconds {max_duration_s:g} is longer than the model's window of {window_s} s, where "
+                f"audio would be cut off and its text kept: give {window_s} at most, or leave the flag out."
+            )
         tokenizer = processor.tokenizer if processor is not None else None
         self.filters = Filters(data_args.min_duration_in_seconds, max_duration_s, tokenizer, max_label_length)
         self.account = {"datasets": [], "splits": {}, "notes": []}
+        self.is_carved = False
         for split in splits:
             self.dropped(split)
 
-    def open(self, names, configs, revisions):
+    def open(self, names, configs, revisions, flags="--dataset"):
         names = _as_list(names)
-        configs = _one_each(configs, names, "--dataset_config_name")
-        revisions = _one_each(revisions, names, "--dataset_revision")
+        configs = _one_each(configs, names, f"{flags}_config_name")
+        revisions = _one_each(revisions, names, f"{flags}_revision")
         sources = [
-            open_source(name, config, revision, self.data_args.streaming)
+            open_source(name, config, revision, self.data_args.streaming, flags)
             for name, config, revision in zip(names, configs, revisions)
         ]
         self.account["datasets"] += [source.record for source in sources]
@@ -159,9 +182,12 @@ class _Loader:
                 f"{where} has no split named {split} (it has: {', '.join(names)}); name one with {flag}."
                 f"{nearest(split, names)}"
             )
-        for group in group_columns(self.data_args):
-            there = list(dict.fromkeys(name for _, rows, _, _ in found for name in rows.column_names))
-            if group not in there and flag != "--retention_dataset_name":
+        there = list(dict.fromkeys(name for _, rows, _, _ in found for name in rows.column_names))
+        known = set(there) | set(SCHEMA)
+        if not any(columns.speaker for *_, columns in found):
+            known -= {"speaker"}
+        for group in self.data_args.group_columns or []:
+            if group not in known and not flag.startswith("--retention"):
                 raise UserError(
                     f"{found[0][0].name}, {split}: no column {group} for --group_columns; it has: {', '.join(there)}."
                     f"{nearest(group, there)}"
@@ -209,7 +235,7 @@ class _Loader:
             if len(rows) == 0:
                 why = "; ".join(f"{entry['count']} {reason} ({entry['example']})" for reason, entry in dropped.items())
                 raise UserError(f"No row of {name} is left: {why or 'the split is empty'}.")
-        check_leaks(splits)
+        check_leaks(splits, self.is_carved)
         datasets.disable_progress_bars()  # what follows is quick; downloads are over
         finished = {}
         for name, rows in splits.items():
@@ -245,37 +271,28 @@ def _with_stream(loader, sources, weights, retained, splits, seed):
             f"No validation split: the first {num_skipped} rows of each training stream are taken for it, "
             "whoever speaks."
         )
+        loader.is_carved = True
         splits["validation"] = loader.join(
             sources, [data_args.train_split_name], "validation", "--train_split_name", num_skipped
         )
     finished = loader.finish(splits)
-    dropped = loader.dropped("train")
 
-    def stream(source, rows, folder, columns, num_skipped, max_samples):
+    def stream(source, rows, folder, columns, split, num_skipped=0, max_samples=None):
         if num_skipped:
             rows = rows.skip(num_skipped)
         if max_samples is not None:
             rows = rows.take(max_samples)
-        return stream_rows(
-            rows,
-            folder,
-            columns,
-            loader.filters,
-            data_args,
-            source.name,
-            data_args.train_split_name,
-            dropped,
-            splits,
-            seed,
-        )
+        return stream_rows(rows, folder, columns, loader.filters, data_args, source.name, split, seed)
 
-    streams = [stream(*part, num_skipped, data_args.max_train_samples) for part in found]
+    split = data_args.train_split_name
+    streams = [stream(*part, split, num_skipped, data_args.max_train_samples) for part in found]
     weights = weights and [w for w, source in zip(weights, sources) if any(source is part[0] for part in found)]
     train = mix_streams(streams, weights, seed)
     if retained and data_args.retention_share > 0:
-        old = [stream(*part, 0, None) for part in loader.raw(retained, "train", "--retention_dataset_name")]
-        train = mix_streams([train, *old], [1 - data_args.retention_share, data_args.retention_share], seed)
-    return SpeechSplits({"train": train, **finished}, loader.account)
+        split, share = data_args.retention_train_split_name, data_args.retention_share
+        old = [stream(*part, split) for part in loader.raw(retained, split, "--retention_train_split_name")]
+        train = mix_streams([train, *old], [1 - share, share], seed)
+    return SpeechSplits({"train": decode_stream(train, splits), **finished}, loader.account)
 
 
 def _as_list(value):
@@ -301,8 +318,6 @@ def _weights(data_args):
 
 
 def _concatenate(parts):
-    import datasets
-
     return datasets.concatenate_datasets([part for part in parts if part is not None])
 
 
@@ -334,8 +349,9 @@ def _add_share(train, old, share, seed):
     return _concatenate([train, old.select(_draw(len(old), num_old, seed))])
 
 
-def _carve(parts, share, seed, account):
-    """Parts validation rows from the training rows of each dataset, whole speakers where there are several.
+def _carve(parts, share, max_samples, seed, account):
+    """Parts validation rows from the training rows of each dataset, whole speakers where there are several,
+    and at most `max_samples` of each dataset.
 
     A recording that stands twice in train may fall on both sides: then it leaves validation.
     """
@@ -349,13 +365,16 @@ def _carve(parts, share, seed, account):
         if part is None or len(part) == 0:
             kept.append(part)
             continue
+        wanted = share * len(part)
+        if max_samples is not None:
+            wanted = min(wanted, max_samples)
         speakers = np.array([speaker or "" for speaker in part["speaker"][:]])
         names, counts = np.unique(speakers[speakers != ""], return_counts=True)
         if len(names) > 1:
             order = generator.permutation(len(names))
             chosen, num_chosen = [], 0
             for i in order:
-                if num_chosen + counts[i] <= share * len(part):
+                if num_chosen + counts[i] <= wanted:
                     chosen.append(names[i])
                     num_chosen += counts[i]
             if not chosen:
@@ -364,12 +383,14 @@ def _carve(parts, share, seed, account):
             how = f"the speakers {', '.join(sorted(chosen)[:5])}{' …' if len(chosen) > 5 else ''}"
         else:
             is_carved = np.zeros(len(part), bool)
-            is_carved[generator.permutation(len(part))[: max(1, round(share * len(part)))]] = True
+            is_carved[generator.permutation(len(part))[: max(1, round(wanted))]] = True
             how = "rows at random, for want of a speaker column"
         train, validation = part.select(np.flatnonzero(~is_carved)), part.select(np.flatnonzero(is_carved))
         twice = {row for _, row, _ in shared_rows(train, validation)}
         if twice:
             validation = validation.select([i for i in range(len(validation)) if i not in twice])
+        if max_samples is not None:  # the smallest speaker may have more
+            validation = validation.select(range(min(max_samples, len(validation))))
         account["notes"].append(f"validation: {len(validation)} rows carved from {part['dataset'][0]}: {how}")
         logger.info(account["notes"][-1])
         kept.append(train)

@@ -10,6 +10,7 @@ import torch
 from hfspeech.audio import BadAudio, decode, duration_s
 from hfspeech.data.sources import find_file
 from hfspeech.errors import UserError, nearest
+from hfspeech.text import TIMESTAMP, labels_of
 
 logger = logging.getLogger("hfspeech")
 
@@ -32,7 +33,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     `dataset[i]` gives a dict with `index` (i), `epoch`, `id`, `text`, `speaker` (or None), `duration_s`, `dataset`,
     `split`, `offset_s` (or None for a whole recording), `row` (its number in the source, from 1), the group columns,
-    and `waveform` (float32, 16 kHz, mono). Where the audio cannot be used, `waveform` is None and `bad_audio` says why and in which row.
+    and `waveform` (float32, 16 kHz, mono). Where the audio cannot be used, `waveform` is None and `bad_audio` says why
+    and in which row; where nothing could be (FFmpeg is missing), `fatal` has the sentence that ends the run.
 
     Args:
         rows: `datasets.Dataset` with the columns of `SCHEMA` and the group columns; audio undecoded.
@@ -80,7 +82,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 def decode_row(row):
-    """Replaces `audio` of a row by `waveform`, or by None and the reason in `bad_audio`."""
+    """Replaces `audio` of a row by `waveform`, or by None and the reason in `bad_audio` or `fatal`.
+
+    Nothing is raised: rows are read in other processes, whose errors would come out as their tracebacks.
+    """
     audio = row.pop("audio")
     num_s = row["duration_s"] if row["offset_s"] is not None else None
     try:
@@ -89,6 +94,9 @@ def decode_row(row):
     except BadAudio as reason:
         row["waveform"] = None
         row["bad_audio"] = f"{row_name(row['row'], audio['path'] or row['id'])}: {reason}"
+    except UserError as error:
+        row["waveform"] = None
+        row["fatal"] = str(error)
 
 
 def row_name(number, path):
@@ -177,7 +185,7 @@ class Filters:
         reasons = [self._reason(text, duration) for text, duration in zip(texts, durations)]
         left = [i for i, reason in enumerate(reasons) if reason is None]
         if self.tokenizer is not None and left:
-            for i, reason in zip(left, self._token_reasons([texts[i] for i in left])):
+            for i, reason in zip(left, self._token_reasons([texts[i] for i in left], [durations[i] or 0.0 for i in left])):
                 reasons[i] = reason
         return reasons
 
@@ -189,18 +197,13 @@ class Filters:
         if duration is not None and self.max_duration_s is not None and duration > self.max_duration_s:
             return f"longer than {self.max_duration_s:g} s", f"{duration:.2f} s"
 
-    def _token_reasons(self, texts):
-        tokenizer = self.tokenizer
-        tokens = tokenizer(texts, add_special_tokens=False).input_ids
-        num_special = len(tokenizer("").input_ids)
-        first = tokenizer("").input_ids[:1]
-        if first == tokenizer.convert_tokens_to_ids(["<|startoftranscript|>"]):
-            num_special -= 1
-        heard = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for text, ids, back in zip(texts, tokens, heard):
-            length = len(ids) + num_special
-            unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
-            if unknown or "".join(text.split()) != "".join(back.split()):
+    def _token_reasons(self, texts, durations):
+        labels = labels_of(self.tokenizer, texts, durations)
+        heard = self.tokenizer.batch_decode(labels, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for text, ids, back in zip(texts, labels, heard):
+            length = len(ids)
+            text, back = TIMESTAMP.sub("", text), TIMESTAMP.sub("", back)
+            if "".join(text.split()) != "".join(back.split()):
                 lost = "".join(dict.fromkeys(c for c in text if c not in back and not c.isspace()))
                 yield "characters that the tokenizer cannot spell", f"{lost or text[:40]!r} in {text[:60]!r}"
             elif self.max_label_length is not None and length > self.max_label_length:
@@ -389,13 +392,16 @@ def _measure_one(job):
 
 
 def _ids(raw, columns, paths, offsets, folder, split):
-    """Returns an id for each row, and whether it names the recording (and is not just a row's number)."""
+    """Returns an id for each row, and whether it names the recording.
+
+    A column that was found by itself may number the rows of a split, in whatever order: then it names none.
+    """
     if columns.id:
         ids = [None if value is None else str(value) for value in raw[columns.id]]
-        is_counter = ids in ([str(i) for i in range(len(ids))], [str(i + 1) for i in range(len(ids))])
-        if columns.id_is_given or (len(set(ids)) == len(ids) and not is_counter and None not in ids):
+        are_numbers = all(id is None or id.isdecimal() for id in ids)
+        if columns.id_is_given or (len(set(ids)) == len(ids) and not are_numbers and None not in ids):
             return [id or f"{split}-{i + 1}" for i, id in enumerate(ids)], True
-        logger.info("The column %s numbers the rows or repeats itself, so it is not taken for an id.", columns.id)
+        logger.info("The column %s holds numbers or repeats itself, so it is not taken for an id.", columns.id)
     return [default_id(*row, folder, split, i + 1) for i, row in enumerate(zip(paths, offsets))], False
 
 

@@ -26,7 +26,7 @@ ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 _OFFICIAL = ("train", "validation", "test")
 
 
-def open_source(name, config=None, revision=None, streaming=False):
+def open_source(name, config=None, revision=None, streaming=False, flags="--dataset"):
     """Opens one dataset, without reading its rows yet.
 
     Args:
@@ -34,6 +34,7 @@ def open_source(name, config=None, revision=None, streaming=False):
         config: configuration of the Hub dataset.
         revision: branch, tag or commit of the Hub dataset.
         streaming: do not download the Hub dataset first.
+        flags: how the flags of this dataset begin, for messages.
 
     Returns:
         object with `name`, `record` (a dict of what was used), `split_names` and `read(split)`, which gives the rows
@@ -51,7 +52,7 @@ def open_source(name, config=None, revision=None, streaming=False):
         raise UserError(
             f"There is no file or folder {name} here, and a Hub dataset is written owner/name, such as google/fleurs."
         )
-    return HubSource(name, config, revision, streaming)
+    return HubSource(name, config, revision, streaming, flags)
 
 
 class LocalSource:
@@ -112,12 +113,12 @@ class LocalSource:
 class HubSource:
     """A dataset of the Hub (or of any `HF_ENDPOINT`), with the token of the environment or of `hf auth login`."""
 
-    def __init__(self, name, config, revision, streaming):
+    def __init__(self, name, config, revision, streaming, flags):
         import datasets
         from datasets.exceptions import DatasetNotFoundError
 
         self.name = name
-        commit, unreachable = _resolve(name, revision)
+        commit, unreachable = _resolve(name, revision, flags)
         self.record = {"name": name, "config": config, "revision": revision, "commit": commit}
         where = f"{name}@{revision}" if revision else name
         try:
@@ -131,13 +132,13 @@ class HubSource:
                 configs = re.findall(r"'([^']+)'", available[1]) if available else []
                 said = f"has no configuration {config!r}" if config else "needs a configuration"
                 raise UserError(
-                    f"{where} {said}; give --dataset_config_name one of: {', '.join(configs)}."
+                    f"{where} {said}; give {flags}_config_name one of: {', '.join(configs)}."
                     f"{nearest(config, configs) if config else ''}"
                 ) from None
             if "scripts are no longer supported" in text or "torchcodec" in text:
                 raise UserError(
                     f"{where} is not stored as parquet, which is what can be read here; "
-                    "give --dataset_revision refs/convert/parquet, where the Hub keeps a converted copy."
+                    f"give {flags}_revision refs/convert/parquet, where the Hub keeps a converted copy."
                 ) from None
             if isinstance(error, DatasetNotFoundError) and "gated" in text:
                 raise UserError(_gated(name)) from None
@@ -157,7 +158,7 @@ class HubSource:
         return (self._splits[split] if split in self._splits else None), None
 
 
-def _resolve(name, revision):
+def _resolve(name, revision, flags):
     """Returns (commit, None), or (None, why the Hub could not be asked); raises UserError if it refused."""
     from huggingface_hub import HfApi, errors
 
@@ -166,7 +167,7 @@ def _resolve(name, revision):
     except errors.GatedRepoError:
         raise UserError(_gated(name)) from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"The dataset {name} has no revision {revision}; see --dataset_revision.") from None
+        raise UserError(f"The dataset {name} has no revision {revision}; see {flags}_revision.") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
             f"There is no dataset {name} on the Hub, or it is private: look at the spelling, or type `hf auth login`."
@@ -204,7 +205,7 @@ def _split_files(folder):
             if len({path.suffix for path in paths}) > 1 or (len(paths) > 1 and paths[0].suffix != ".parquet"):
                 raise UserError(
                     f"{folder} holds several manifests of the split {split} ({', '.join(p.name for p in paths)}); "
-                    "leave one, or give --dataset_name the file itself."
+                    "leave one, or name the file itself instead of the folder."
                 )
         return files
     files = {path.name: [metadata] for path in sorted(folder.iterdir()) if (metadata := _metadata(path))}

@@ -1,9 +1,11 @@
 """Rows that come as they are read: the same schema, filters and checks, one row at a time."""
 
+import os
+
 import datasets
 
 from hfspeech.audio import BadAudio, duration_s
-from hfspeech.data.leaks import content_hash
+from hfspeech.data.leaks import Recordings, span
 from hfspeech.data.rows import decode_row, default_id, group_columns, is_audio, row_name, to_seconds
 from hfspeech.data.sources import find_file
 from hfspeech.errors import UserError
@@ -37,92 +39,120 @@ def take_rows(rows, columns, folder, num_rows):
     return datasets.Dataset.from_dict({name: [row[name] for row in kept] for name in features}, features=features)
 
 
-def stream_rows(raw, folder, columns, filters, data_args, dataset_name, split, dropped, held_out, seed):
-    """Brings a stream into the schema, decoded, without the rows that the filters reject.
+def stream_rows(raw, folder, columns, filters, data_args, dataset_name, split, seed):
+    """Brings a stream into the schema, undecoded, without the rows that the filters reject.
+
+    Nothing is raised while rows are read, because that may be in other processes: see `left_out`, `bad_audio`, `fatal`.
 
     Args:
         raw: `datasets.IterableDataset`, or a `datasets.Dataset` of paths.
-        folder, columns, filters, data_args, dataset_name, split, dropped: as for `rows.read_rows`.
-        held_out: split name → rows in memory, none of which may come along in the stream.
+        folder, columns, filters, data_args, dataset_name, split: as for `rows.read_rows`.
         seed: of the shuffling within a buffer.
 
     Returns:
-        `datasets.IterableDataset` whose rows are those of a `SpeechDataset`, shuffled within a buffer; `row` counts
-        them as they are read.
+        `datasets.IterableDataset` with the columns of `SCHEMA`, the group columns, `recording_id`, `bad_audio` and
+        `fatal` (sentences, or None), and `left_out`: [reason, row, detail] of the rows that were rejected since the
+        row before; those after the last row are lost. Shuffled within a buffer; `row` counts the rows as they are
+        read.
     """
-    held_ids, held_sizes = {}, {}
-    for name, rows in held_out.items():
-        for i, (size, recording) in enumerate(zip(rows["num_bytes"][:], rows["recording_id"][:])):
-            held_sizes.setdefault(size, []).append((name, rows, i))
-            if columns.id_is_given and recording is not None and rows[i]["dataset"] == dataset_name:
-                held_ids[recording] = name
+    groups = group_columns(data_args)
+    texts = ("id", "text", "speaker", "dataset", "split", "recording_id", "bad_audio", "fatal", *groups)
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in texts}
+        | {name: datasets.Value("float64") for name in ("duration_s", "offset_s")}
+        | {"row": datasets.Value("int64"), "left_out": datasets.List(datasets.List(datasets.Value("string")))}
+        | {"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
+    )
+    left_out = []
 
     def convert(batch):
         value = {name: batch[name][0] for name in batch}
         number = value["__row__"]
-        audio = value[columns.audio]
+        audio = value[columns.audio] or {"bytes": None, "path": None}
         if isinstance(audio, str):
             audio = {"bytes": None, "path": find_file(audio, folder) if folder else audio}
         text = value[columns.text]
-        row = {
+        given_id = _string(value[columns.id]) if columns.id else None
+        row = dict.fromkeys(features) | {
+            "audio": audio,
             "text": "" if text is None else str(text),
             "speaker": _string(value[columns.speaker]) if columns.speaker else None,
             "dataset": dataset_name,
             "split": split,
-            "offset_s": to_seconds(value[columns.offset], columns.offset, number - 1, dataset_name)
-            if columns.offset
-            else None,
+            "duration_s": 0.0,
             "row": number,
-            "audio": audio,
-            **{name: _string(value.get(name)) for name in group_columns(data_args)},
+            "recording_id": given_id if columns.id_is_given else None,
+            **{name: _string(value.get(name)) for name in groups},
         }
-        given_id = _string(value.get(columns.id)) if columns.id else None
-        row["id"] = given_id or default_id(audio["path"], row["offset_s"], folder, split, number)
-        name = row_name(number, audio["path"] or row["id"])
-        _stop_if_held_out(row, audio, name)
+        name = row_name(number, audio["path"] or given_id or split)
         try:
-            row["duration_s"] = _duration_s(audio, row["offset_s"], value, number)
-            bad = None
-        except BadAudio as reason:
-            row["duration_s"], bad = 0.0, str(reason)
-        if bad is None:
+            if columns.offset:
+                row["offset_s"] = to_seconds(value[columns.offset], columns.offset, number - 1, dataset_name)
+            given = value[columns.duration] if columns.duration and row["offset_s"] is not None else None
+            row["duration_s"] = to_seconds(given, columns.duration, number - 1, dataset_name)
+            if row["duration_s"] is None:
+                row["duration_s"] = _whole_duration_s(audio) - (row["offset_s"] or 0.0)
             reason = filters.reasons([row["text"]], [row["duration_s"]])[0]
             if reason is not None:
-                dropped.add(reason[0], name, reason[1])
-                return {key: [] for key in [*row, "waveform"] if key != "audio"}
-            decode_row(row)
-            bad = row.pop("bad_audio", None)
-            bad = bad and bad.removeprefix(f"{name}: ")
-        if bad is not None:
-            if data_args.on_bad_audio == "error":
-                raise UserError(
-                    f"{dataset_name}, {split}: {name[0].upper()}{name[1:]}: {bad}. "
-                    "Leave such rows out with --on_bad_audio skip."
-                )
-            dropped.add("bad audio", name, bad)
-            row.pop("audio", None)
-            return {key: [] for key in [*row, "waveform"]}
+                left_out.append([reason[0], name, reason[1]])
+                return {key: [] for key in row}
+        except BadAudio as reason:
+            row["bad_audio"] = f"{name}: {reason}"
+        except UserError as error:
+            row["fatal"] = str(error)
+        row["id"] = given_id or default_id(audio["path"], row["offset_s"], folder, split, number)
+        row["left_out"] = left_out[:]
+        left_out.clear()
         return {key: [entry] for key, entry in row.items()}
-
-    def _duration_s(audio, offset_s, value, number):
-        given = value.get(columns.duration) if columns.duration else None
-        if offset_s is not None and given is not None:
-            return to_seconds(given, columns.duration, number - 1, dataset_name)
-        return duration_s(audio["bytes"] if audio["bytes"] is not None else audio["path"]) - (offset_s or 0.0)
-
-    def _stop_if_held_out(row, audio, name):
-        found = held_ids.get(row["id"])
-        if found is None and audio["bytes"] is not None:
-            for other, rows, i in held_sizes.get(len(audio["bytes"]), ()):
-                if content_hash(rows[i]["audio"]) == content_hash(audio):
-                    found = other
-        if found:
-            raise UserError(f"{dataset_name}, {split}: {name} also stands in {found}; take it out of one of them.")
 
     stream = undecoded_stream(raw, columns.audio)
     stream = stream.map(lambda row, i: {**row, "__row__": i + 1}, with_indices=True)
     stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-    return stream.map(convert, batched=True, batch_size=1, remove_columns=[*raw.column_names, "__row__"])
+    unmapped = [*raw.column_names, "__row__"]
+    return stream.map(convert, batched=True, batch_size=1, remove_columns=unmapped, features=features)
+
+
+def decode_stream(rows, held_out):
+    """Decodes the rows of a stream as they come, and finds those that must not be trained on.
+
+    Args:
+        rows: what `stream_rows` or `mix_streams` returned.
+        held_out: split name → rows in memory, none of which may come along in the stream.
+
+    Returns:
+        `datasets.IterableDataset` whose rows are those of a `SpeechDataset`, with `left_out`, `bad_audio` and `fatal`.
+    """
+    recordings = {name: Recordings(held) for name, held in held_out.items()}
+    ids = {
+        (dataset, recording): name
+        for name, held in held_out.items()
+        for dataset, recording in zip(held["dataset"][:], held["recording_id"][:])
+        if recording is not None
+    }
+
+    def decode(row):
+        audio = row["audio"]
+        row = {**row, "waveform": None}
+        if row["bad_audio"] or row["fatal"]:
+            return row
+        decode_row(row)
+        if row["waveform"] is not None and (found := _found_in(row, audio)):
+            row["waveform"] = None
+            row["fatal"] = (
+                f"{row['dataset']}, {row['split']}: {row_name(row['row'], audio['path'] or row['id'])} also stands in "
+                f"{found}; take it out of one of them."
+            )
+        return row
+
+    def _found_in(row, audio):
+        found = ids.get((row["dataset"], row["recording_id"]))
+        size = len(audio["bytes"]) if audio["bytes"] is not None else os.stat(audio["path"]).st_size
+        for name, known in recordings.items():
+            if found is None and known.find(audio, size, *span(row["offset_s"], row["duration_s"])) is not None:
+                found = name
+        return found
+
+    return rows.map(decode, remove_columns=["audio", "recording_id"])
 
 
 def mix_streams(streams, weights, seed):
@@ -136,3 +166,9 @@ def mix_streams(streams, weights, seed):
 
 def _string(value):
     return None if value is None or value == "" else str(value)
+
+
+def _whole_duration_s(audio):
+    if audio["bytes"] is None and audio["path"] is None:
+        raise BadAudio("neither bytes nor a path")
+    return duration_s(audio["bytes"] if audio["bytes"] is not None else audio["path"])
