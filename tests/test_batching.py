@@ -7,7 +7,8 @@ from conftest import NANO
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
-from hfspeech.batching import LengthBucketSampler, LongestFirstSampler, WhisperCollator, label_ids
+from hfspeech.batching import LengthBucketSampler, LongestFirstSampler, WhisperCollator
+from hfspeech.text import label_ids
 
 END = "<|endoftext|>"
 
@@ -20,9 +21,8 @@ def processor(timestamps=False, task="transcribe"):
 
 def row(index, duration_s=1.0, text="four two", bad=None):
     waveform = None if bad else np.random.default_rng(index).normal(0, 0.1, int(16000 * duration_s)).astype(np.float32)
-    return {"index": index, "waveform": waveform, "text": text, "duration_s": duration_s} | (
-        {"bad_audio": bad} if bad else {}
-    )
+    known = {"index": index, "row": index + 1, "id": f"{index}.wav", "text": text, "duration_s": duration_s}
+    return known | {"waveform": waveform} | ({"bad_audio": bad} if bad else {})
 
 
 # Labels
@@ -65,6 +65,12 @@ def test_timestamps_are_the_recording_s_bounds():
     assert "<|notimestamps|>" not in tokens
 
 
+def test_the_last_timestamp_is_the_tokenizer_s_last():
+    tokenizer = processor(timestamps=True).tokenizer
+    tokens = tokenizer.convert_ids_to_tokens(label_ids(tokenizer, "four two", 5.07))
+    assert tokens[-2:] == ["<|5.00|>", END]
+
+
 def test_timestamps_that_are_given_are_kept():
     tokenizer = processor(timestamps=True).tokenizer
     tokens = tokenizer.convert_ids_to_tokens(label_ids(tokenizer, "<|0.20|> four<|0.60|><|0.80|> two<|1.00|>", 3.0))
@@ -96,19 +102,23 @@ def test_a_bad_row_is_left_out_and_reported():
     assert len(batch["input_features"]) == len(batch["labels"]) == len(batch["duration_s"]) == 2
 
 
-def test_a_wholly_bad_batch_repeats_an_earlier_row_without_claiming_it():
-    collator = WhisperCollator(processor(), "skip")
-    good = collator([row(7)])
-    batch = collator([row(8, bad="row 8: broken"), row(9, bad="row 9: broken")])
-    assert batch["index"] == [] and batch["duration_s"] == []
-    assert batch["bad_audio"] == ["row 8: broken", "row 9: broken"]
-    torch.testing.assert_close(batch["input_features"], good["input_features"])
-    torch.testing.assert_close(batch["labels"], good["labels"])
+def test_a_batch_without_a_good_row_has_nothing_to_learn():
+    bad = ["row 8: broken", "row 9: broken"]
+    batch = WhisperCollator(processor(), "skip")([row(8, bad=bad[0]), row(9, bad=bad[1])])
+    assert batch["index"] == [] and batch["duration_s"] == [] and batch["bad_audio"] == bad
+    assert batch["input_features"].shape == (1, 80, processor().feature_extractor.nb_max_frames)
+    assert batch["labels"].tolist() == [[-100]] and batch["labels"].dtype == torch.int64
 
 
-def test_a_first_batch_without_a_good_row_says_so():
-    batch = WhisperCollator(processor(), "skip")([row(0, bad="row 1: broken")])
-    assert batch["bad_audio"] == ["row 1: broken"] and "labels" not in batch
+def test_what_has_to_stop_the_run_is_handed_on():
+    batch = WhisperCollator(processor(), "skip")([row(0), {"waveform": None, "fatal": "M4A audio needs FFmpeg."}])
+    assert batch["fatal"] == ["M4A audio needs FFmpeg."] and batch["bad_audio"] == [] and batch["index"] == [0]
+
+
+def test_a_recording_longer_than_the_window_is_reported_and_not_cut_off():
+    batch = WhisperCollator(processor())([row(0, 9.0), row(1, 5.05), row(2, 5.0)])
+    assert batch["index"] == [1, 2] and batch["fatal"] == []
+    assert batch["bad_audio"] == ["row 1, 0.wav: lasts 9.0 s, longer than the model's window of 5 s"]
 
 
 def test_a_collator_survives_the_way_into_a_worker():

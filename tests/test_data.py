@@ -12,11 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
+import torch
 from loopback_hub import TOKEN, LoopbackHub
 
 from hfspeech.arguments import DataArguments
+from hfspeech.audio import _torchcodec
+from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech, load_split
 from hfspeech.errors import UserError
+from hfspeech.text import label_ids
 
 NANO = Path(__file__).parent.parent / "assets/nano_whisper"
 
@@ -68,6 +72,14 @@ def arguments(*names, **rest):
 def parquet_rows(split, size, seed):
     return [{"audio": {"bytes": flac(seed + i), "path": f"{split}{i}.flac"}, "text": f"word {i}", "speaker": f"s{i % 4}"}
             for i in range(size)]
+
+
+def nano(timestamps=False):
+    from transformers import WhisperProcessor
+
+    processor = WhisperProcessor.from_pretrained(NANO)
+    processor.tokenizer.set_prefix_tokens(predict_timestamps=timestamps)
+    return processor
 
 
 # --- Forms ---------------------------------------------------------------------------------------------------------
@@ -177,6 +189,32 @@ def test_validation_is_carved_by_whole_speakers(tmp_path):
     assert not set(speech["validation"].column("speaker")) & set(speech["train"].column("speaker"))
 
 
+@pytest.mark.parametrize("columns, streaming", [({}, False), ({"speaker": lambda i: f"s{i % 2}"}, False), ({}, True)])
+def test_max_eval_samples_holds_for_carved_validation(tmp_path, columns, streaming):
+    audiofolder(tmp_path, (("train", 20), ("test", 2)), **columns)
+    args = arguments(tmp_path, validation_share=0.5, max_eval_samples=3, streaming=streaming)
+    speech = load_speech(args)
+    assert len(speech["validation"]) == 3
+    if not columns:
+        assert len(list(speech["train"])) == 17  # the rest stays for training
+
+
+def test_retention_splits_may_have_other_names(tmp_path):
+    new = audiofolder(tmp_path / "new")
+    old = audiofolder(tmp_path / "old", (("clean", 6), ("other", 2)), seed=500)
+    given = {"retention_dataset_name": str(old), "retention_share": 0.5, "retention_test_split_name": "other"}
+    with pytest.raises(UserError, match="no split named train .*--retention_train_split_name"):
+        load_speech(arguments(new, **given))
+    with pytest.raises(UserError, match="no split named tset .*--retention_test_split_name"):
+        load_speech(arguments(new, **given | {"retention_test_split_name": "tset"}))
+    for streaming in (False, True):
+        speech = load_speech(arguments(new, **given, retention_train_split_name="clean", streaming=streaming))
+        assert len(speech["retention"]) == 2
+        origins = [(row["dataset"], row["split"]) for row in speech["train"]] if streaming else set(
+            zip(speech["train"].column("dataset"), speech["train"].column("split")))  # fmt: skip
+        assert set(origins) == {(str(new), "train"), (str(old), "clean")}
+
+
 def test_several_test_splits_are_joined(tmp_path):
     audiofolder(tmp_path, (("train", 4), ("validation", 2), ("near", 2), ("far", 3)))
     speech = load_speech(arguments(tmp_path, test_split_name=["near", "far"]))
@@ -217,6 +255,19 @@ def test_characters_that_cannot_be_spelled_are_left_out(tmp_path):
     reasons = Filters(0.1, None, tokenizer, 448).reasons(["ab a", "abc"], [1.0, 1.0])
     assert reasons[0] is None
     assert "cannot spell" in reasons[1][0] and "c" in reasons[1][1]
+
+
+def test_timestamps_count_as_labels_and_may_be_given():
+    from hfspeech.data.rows import Filters
+
+    tokenizer = nano(timestamps=True).tokenizer
+    length = len(label_ids(tokenizer, "four two", 1.0))
+    texts = ["four two", "<|0.20|> four<|0.60|><|0.80|> two<|1.00|>"]
+    filters = Filters(0.1, None, tokenizer, length)
+    assert filters.reasons(texts, [1.0, 1.0]) == [
+        None, (f"labels longer than {length} tokens", f"{length + 2} tokens")]
+    filters.max_label_length = length - 1
+    assert filters.reasons(texts[:1], [1.0]) == [(f"labels longer than {length - 1} tokens", f"{length} tokens")]
 
 
 def test_nothing_left_says_why(tmp_path):
@@ -272,6 +323,21 @@ def test_same_id_stops_the_run_but_row_numbers_do_not(tmp_path):
         load_speech(arguments(tmp_path, id_column_name="clip"))
 
 
+def test_numbers_in_any_order_are_no_ids_unless_they_are_said_to_be(tmp_path):
+    audiofolder(tmp_path, id=lambda i: (5 * i + 3) % 8)
+    assert len(load_speech(arguments(tmp_path))["test"]) == 4
+    with pytest.raises(UserError, match="same id"):
+        load_speech(arguments(tmp_path, id_column_name="id"))
+
+
+def test_a_test_row_in_carved_validation_has_to_leave_train(tmp_path):
+    audiofolder(tmp_path, (("train", 10), ("test", 2)))
+    carved = load_speech(arguments(tmp_path)).pop("validation").column("id")[0]
+    (tmp_path / "test" / "test_1.flac").write_bytes((tmp_path / "train" / carved).read_bytes())
+    with pytest.raises(UserError, match="also stand in validation .* Take them out of train,"):
+        load_speech(arguments(tmp_path))
+
+
 def test_segments_leak_only_where_they_overlap(tmp_path):
     soundfile.write(tmp_path / "long.wav", sound(1, 6.0), 16000)
 
@@ -300,13 +366,15 @@ def test_segments_leak_only_where_they_overlap(tmp_path):
         ({"test_split_name": ["tset"]}, "no split named tset .*--test_split_name.*Did you mean test"),
         ({"eval_split_name": "dev2"}, "no split named dev2 .*--eval_split_name"),
         ({"dataset_weights": [1.0, 2.0]}, "--dataset_weights"),
+        ({"group_columns": ["speaker"]}, "no column speaker for --group_columns; it has: "),
+        ({"max_duration_in_seconds": 8.0}, "8 is longer than the model's window of 5 s.*give 5 at most"),
         ({"dataset_config_name": ["a", "b"]}, "--dataset_config_name has 2 values for 1 datasets"),
     ],
 )
 def test_mistakes_say_what_to_type(tmp_path, change, message):
     audiofolder(tmp_path, accent=lambda i: "north")
     with pytest.raises(UserError, match=message):
-        load_speech(DataArguments(**({"dataset_name": [str(tmp_path)]} | change)))
+        load_speech(DataArguments(**({"dataset_name": [str(tmp_path)]} | change)), nano())
 
 
 def test_ambiguous_text_column(tmp_path):
@@ -340,25 +408,96 @@ def test_streamed_rows_are_the_loaded_rows(tmp_path):
     assert [row["id"] for row in rows] == loaded["train"].column("id")
     for row, other in zip(rows, (loaded["train"][i] for i in range(7))):
         assert np.array_equal(row["waveform"], other["waveform"])
-    assert streamed.account["splits"]["train"]["dropped"]["empty text"]["count"] == 1
+    assert not {"audio", "recording_id"} & set(rows[0])
     assert len(streamed["test"]) == 4
 
 
-def test_bad_audio_in_a_stream_stops_or_is_counted(tmp_path):
+def collated(rows):
+    return WhisperCollator(nano())(list(rows))
+
+
+def test_rows_left_out_of_a_stream_come_along_from_a_worker(tmp_path):
+    audiofolder(tmp_path)
+    table(tmp_path / "train" / "metadata.csv",
+          [{"file_name": f"train_{i}.flac", "text": "" if i in (1, 2) else "word"} for i in range(8)])
+    speech = load_speech(arguments(tmp_path, streaming=True), nano())
+    loader = torch.utils.data.DataLoader(
+        speech["train"], batch_size=4, num_workers=1, collate_fn=WhisperCollator(nano()),
+        multiprocessing_context="fork",
+    )  # fmt: skip
+    batches = list(loader)
+    assert sorted(entry for batch in batches for entry in batch["left_out"]) == [
+        ["empty text", "row 2, train_1.flac", ""], ["empty text", "row 3, train_2.flac", ""]]
+    assert sum(len(batch["index"]) for batch in batches) == 6
+    assert speech.account["splits"]["train"]["dropped"] == {}
+
+
+def test_bad_audio_in_a_stream_is_reported_in_its_batch(tmp_path):
     audiofolder(tmp_path)
     soundfile.write(tmp_path / "train" / "train_2.flac", np.zeros(8000), 16000)
-    with pytest.raises(UserError, match="Row 3, train_2.flac: all samples are zero.*--on_bad_audio skip"):
-        list(load_speech(arguments(tmp_path, streaming=True))["train"])
-    speech = load_speech(arguments(tmp_path, streaming=True, on_bad_audio="skip"))
-    assert len(list(speech["train"])) == 7
-    assert speech.account["splits"]["train"]["dropped"]["bad audio"]["count"] == 1
+    (tmp_path / "train" / "train_4.flac").write_bytes(b"")
+    batch = collated(load_speech(arguments(tmp_path, streaming=True))["train"])
+    assert sorted(batch["bad_audio"]) == ["row 3, train_2.flac: all samples are zero", "row 5, train_4.flac: 0 bytes"]
+    assert len(batch["index"]) == 6 and batch["fatal"] == []
 
 
-def test_streamed_row_of_the_test_split_stops_the_run(tmp_path):
-    for number, (split, size) in enumerate((("train", 6), ("validation", 2), ("test", 2))):
-        table(tmp_path / f"{split}.parquet", parquet_rows(split, size, 2 if split == "test" else 100 * number))
-    with pytest.raises(UserError, match="also stands in test"):
-        list(load_speech(arguments(tmp_path, streaming=True))["train"])
+def test_what_stops_a_run_is_handed_on_and_not_raised_where_rows_are_read(tmp_path):
+    if _torchcodec() is not None:
+        pytest.skip("FFmpeg is here, so no format misses it")
+    audiofolder(tmp_path)
+    video = b"\0\0\0\x20ftypM4A " + bytes(5000)
+    table(tmp_path / "train" / "metadata.csv",
+          [{"file_name": f"train_{i}.flac", "text": "a", "duration": 0.5 + 0.01 * i} for i in range(8)])
+    (tmp_path / "train" / "train_5.flac").write_bytes(video)
+    for rows in (load_speech(arguments(tmp_path, streaming=True, on_bad_audio="skip"))["train"],
+                 load_speech(arguments(tmp_path, on_bad_audio="skip"))["train"]):  # fmt: skip
+        (sentence,) = collated(rows)["fatal"]
+        assert "FFmpeg" in sentence
+
+
+def test_a_time_in_a_stream_that_is_no_number_is_handed_on(tmp_path):
+    audiofolder(tmp_path)
+    table(tmp_path / "train" / "metadata.csv",
+          [{"file_name": f"train_{i}.flac", "text": "a", "offset": "0" if i else "soon"} for i in range(8)])
+    batch = collated(load_speech(arguments(tmp_path, streaming=True))["train"])
+    assert len(batch["fatal"]) == 1 and "'soon' is not a number of seconds" in batch["fatal"][0]
+
+
+def test_several_streams_are_mixed_without_losing_what_is_known_of_their_rows(tmp_path):
+    a, b = audiofolder(tmp_path / "a"), audiofolder(tmp_path / "b", seed=500)
+    for folder in (a, b):
+        (folder / "train" / "train_2.flac").write_bytes(b"")
+        table(folder / "train" / "metadata.csv",
+              [{"file_name": f"train_{i}.flac", "text": "" if i == 1 else "word"} for i in range(8)])
+    rows = list(load_speech(arguments(a, b, streaming=True))["train"])
+    assert {row["dataset"] for row in rows} == {str(a), str(b)}
+    assert all(row["waveform"].dtype == np.float32 for row in rows if row["waveform"] is not None)
+    batch = collated(rows)
+    assert set(batch["bad_audio"]) == {"row 3, train_2.flac: 0 bytes"}
+    assert batch["left_out"][0] == ["empty text", "row 2, train_1.flac", ""]
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_streamed_row_of_the_test_split_is_fatal(tmp_path, as_path):
+    if as_path:
+        audiofolder(tmp_path)
+        (tmp_path / "test/test_1.flac").write_bytes((tmp_path / "train/train_5.flac").read_bytes())
+    else:
+        for number, (split, size) in enumerate((("train", 6), ("validation", 2), ("test", 1))):
+            table(tmp_path / f"{split}.parquet", parquet_rows(split, size, 2 if split == "test" else 100 * number))
+    batch = collated(load_speech(arguments(tmp_path, streaming=True))["train"])
+    (sentence,) = batch["fatal"]
+    assert "also stands in test; take it out" in sentence and ("train_5.flac" if as_path else "row 3") in sentence
+
+
+@pytest.mark.parametrize("test_offset, fatal", [(2.0, []), (0.5, ["test"]), (5.5, [])])
+def test_streamed_segments_leak_only_where_they_overlap(tmp_path, test_offset, fatal):
+    soundfile.write(tmp_path / "long.wav", sound(1, 8.0), 16000)
+    for split, offset in (("train", 0.0), ("validation", 7.0), ("test", test_offset)):
+        table(tmp_path / f"{split}.jsonl",
+              [{"audio_filepath": "long.wav", "offset": offset, "duration": 1.0, "text": "a"}])
+    batch = collated(load_speech(arguments(tmp_path, streaming=True))["train"])
+    assert [sentence.split("also stands in ")[1].split(";")[0] for sentence in batch["fatal"]] == fatal
 
 
 PROGRAM = """
@@ -390,8 +529,9 @@ def test_hub_datasets(tmp_path):
         folder = tmp_path / "hub/datasets" / id / "data"
         table(folder / "train-00000-of-00001.parquet", parquet_rows("train", 40, seed))
         table(folder / "test-00000-of-00001.parquet", parquet_rows("test", 4, seed + 100))
+    old = {"retention_dataset_name": "me/public"}
     with LoopbackHub(tmp_path / "hub", private=["me/private"], gated=["me/gated"]) as hub:
-        public, streamed, private, gated, revision, config, split = load_in_subprocess(
+        public, streamed, private, gated, revision, config, split, old_revision, old_config = load_in_subprocess(
             hub.env(tmp_path / "home"),
             {"dataset_name": ["me/public"]},
             {"dataset_name": ["me/public"], "streaming": True},
@@ -400,6 +540,8 @@ def test_hub_datasets(tmp_path):
             {"dataset_name": ["me/public"], "dataset_revision": ["missing"]},
             {"dataset_name": ["me/public"], "dataset_config_name": ["xx"]},
             {"dataset_name": ["me/public"], "test_split_name": ["tst"]},
+            {"dataset_name": ["me/public"]} | old | {"retention_dataset_revision": "missing"},
+            {"dataset_name": ["me/public"]} | old | {"retention_dataset_config_name": "xx"},
         )
         commit = hub.commit("datasets", "me/public")
         assert public == {"train": 30, "test": 4, "samples": 8000, "commit": commit}
@@ -409,6 +551,8 @@ def test_hub_datasets(tmp_path):
         assert "no revision missing" in revision["error"]
         assert "one of: default" in config["error"]
         assert "it has: train, test" in split["error"]
+        assert "--retention_dataset_revision" in old_revision["error"]
+        assert "--retention_dataset_config_name" in old_config["error"]
         with_token = load_in_subprocess(
             hub.env(tmp_path / "home", TOKEN), {"dataset_name": ["me/private"]},
             {"dataset_name": ["me/gated"], "streaming": True},

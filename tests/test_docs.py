@@ -23,7 +23,7 @@ render = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(render)
 
 DOCUMENTS = render.documents()
-RECORDS = sorted([*(ROOT / "recipes").glob("*/*.json"), ROOT / "assets/nano_whisper/results.json"])
+RECORDS = sorted([*(ROOT / "recipes").glob("*/*.json"), *(ROOT / "assets/nano_whisper").glob("results*.json")])
 
 
 def commands():

@@ -18,7 +18,7 @@ FLAGS += ["--report_to", "none", "--group_columns", "speaker", "--per_device_tra
 def hub(few_digits, tmp_path_factory):
     """A Hub with the nano Whisper, and the digits as a private parquet dataset."""
     repos = tmp_path_factory.mktemp("hub")
-    shutil.copytree(NANO, repos / "models/acme/nano", ignore=shutil.ignore_patterns("*.py", "*.yaml", "results.json"))
+    shutil.copytree(NANO, repos / "models/acme/nano", ignore=shutil.ignore_patterns("*.py", "*.yaml", "results*.json"))
     for split in ("train", "validation", "test"):
         folder = few_digits / split
         with (folder / "metadata.csv").open(newline="") as file:

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 from hfspeech.arguments import DataArguments
-from hfspeech.audio import decode, write
+from hfspeech.audio import _torchcodec, decode, write
 from hfspeech.data import load_split
 from hfspeech.errors import UserError
 from hfspeech.inference import evaluate_rows, find_pieces, joined, transcribe
@@ -95,7 +95,7 @@ def test_every_recording_gets_its_segments_in_order_whatever_the_batch(untrained
         times = [segment[name] for segment in segments for name in ("start_s", "end_s")]
         assert times == sorted(times)
         assert all(0 <= time <= len(waveform) / RATE + 0.001 for time in times)
-    assert sum(progress) / 2 == pytest.approx(sum(map(len, waveforms)) / RATE - 1, abs=1.5)
+    assert sum(progress) / 2 == pytest.approx(sum(map(len, waveforms)) / RATE)
 
 
 def test_recordings_are_drawn_only_when_needed(untrained):
@@ -164,6 +164,15 @@ def test_evaluation_stops_at_broken_audio_unless_told_to_skip_it(untrained, mixe
         evaluate_rows(*untrained, mixed_rows, len)
 
 
+def test_what_has_to_stop_an_evaluation_is_one_sentence(untrained, mixed_rows, tmp_path):
+    if _torchcodec() is not None:
+        pytest.skip("FFmpeg is here, so no format misses it")
+    (tmp_path / "broken.wav").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(5000))
+    with pytest.raises(UserError, match=r"M4A/MP4 audio needs FFmpeg") as caught:
+        evaluate_rows(*untrained, mixed_rows, len, on_bad_audio="skip", num_workers=1)
+    assert "Traceback" not in str(caught.value)
+
+
 def test_the_shipped_model_writes_down_a_shipped_clip(trained):
     texts = clip_texts()
     found = [joined(segments) for segments in transcribe(*trained, [clip(i) for i in range(5)])]
@@ -174,7 +183,9 @@ def test_a_long_recording_comes_back_whole_and_in_order(trained):
     texts, numbers = clip_texts(), range(8)
     gap = np.zeros(RATE // 2, np.float32)
     waveform = np.concatenate([part for i in numbers for part in (clip(i), gap)])
-    segments = next(transcribe(*trained, [waveform], batch_size=4))
+    # The nano Whisper has learnt strings of up to six digits, so no piece may hold more.
+    segments = next(transcribe(*trained, [waveform], batch_size=4, max_piece_s=2.5))
+    assert len(segments) >= 8
     assert segments[0]["start_s"] >= 0 and segments[-1]["end_s"] <= len(waveform) / RATE
     times = [segment[name] for segment in segments for name in ("start_s", "end_s")]
     assert times == sorted(times)

@@ -19,12 +19,13 @@ from .arguments import (
     read_arguments_file,
 )
 from .augment import augment
-from .batching import WhisperCollator, label_ids
+from .batching import WhisperCollator
 from .data import load_speech
 from .errors import UserError
 from .metrics import TranscriptScore
 from .models import add_lora, enough_memory, load_whisper, quiet_transformers, whisper_of
 from .runs import RUN_FILE, claim_folder, peak_rss_bytes, require_space
+from .text import label_ids
 from .training import ADAM_BYTES_PER_PARAMETER, SpeechTrainer
 
 CHECKED_ROWS = 20
@@ -83,6 +84,9 @@ def check(arguments_file, flags=(), overfit=False):
 
     train = speech["train"]
     rows = _spread(train, CHECKED_ROWS) if has_length(train) else list(itertools.islice(train, CHECKED_ROWS))
+    fatal = [row["fatal"] for row in rows if row.get("fatal")]
+    if fatal:
+        raise UserError(fatal[0])
     bad = [row["bad_audio"] for row in rows if row["waveform"] is None]
     if (bad and data_args.on_bad_audio == "error") or len(bad) == len(rows):
         raise UserError(f"{bad[0]}. Leave such rows out with --on_bad_audio skip.")

@@ -13,7 +13,6 @@ from hfspeech.data.rows import (
     Filters,
     SpeechDataset,
     find_columns,
-    group_columns,
     read_rows,
 )
 from hfspeech.data.sources import open_source

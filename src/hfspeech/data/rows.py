@@ -185,7 +185,8 @@ class Filters:
         reasons = [self._reason(text, duration) for text, duration in zip(texts, durations)]
         left = [i for i, reason in enumerate(reasons) if reason is None]
         if self.tokenizer is not None and left:
-            for i, reason in zip(left, self._token_reasons([texts[i] for i in left], [durations[i] or 0.0 for i in left])):
+            rest = [texts[i] for i in left], [durations[i] or 0.0 for i in left]
+            for i, reason in zip(left, self._token_reasons(*rest)):
                 reasons[i] = reason
         return reasons
 

@@ -131,12 +131,13 @@ def decode_stream(rows, held_out):
     }
 
     def decode(row):
-        audio = row["audio"]
         row = {**row, "waveform": None}
+        audio, recording = row["audio"], row.pop("recording_id")
         if row["bad_audio"] or row["fatal"]:
+            del row["audio"]
             return row
         decode_row(row)
-        if row["waveform"] is not None and (found := _found_in(row, audio)):
+        if row["waveform"] is not None and (found := _found_in(row, audio, recording)):
             row["waveform"] = None
             row["fatal"] = (
                 f"{row['dataset']}, {row['split']}: {row_name(row['row'], audio['path'] or row['id'])} also stands in "
@@ -144,8 +145,8 @@ def decode_stream(rows, held_out):
             )
         return row
 
-    def _found_in(row, audio):
-        found = ids.get((row["dataset"], row["recording_id"]))
+    def _found_in(row, audio, recording):
+        found = ids.get((row["dataset"], recording))
         size = len(audio["bytes"]) if audio["bytes"] is not None else os.stat(audio["path"]).st_size
         for name, known in recordings.items():
             if found is None and known.find(audio, size, *span(row["offset_s"], row["duration_s"])) is not None:
