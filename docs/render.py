@@ -1,7 +1,7 @@
 """Fills in the tables of the README files from the committed records, so that no number is typed by hand.
 
-    python docs/render.py          # rewrites what stands between `<!-- results: RECORD ... -->` and `<!-- end -->`
-    python docs/render.py --check  # says what would change, and fails if anything would
+python docs/render.py          # rewrites what stands between `<!-- results: RECORD ... -->` and `<!-- end -->`
+python docs/render.py --check  # says what would change, and fails if anything would
 """
 
 import argparse

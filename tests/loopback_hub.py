@@ -125,12 +125,24 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if not rest or rest[0] == "revision":
             files = [{"rfilename": path} for path in self.hub.files(kind, id)]
-            return self._json({
-                "_id": id, "id": id, "modelId": id, "author": id.split("/")[0], "sha": self.hub.commit(kind, id),
-                "private": id in self.hub.private, "gated": "auto" if id in self.hub.gated else False,
-                "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": files,
-                "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z",
-            })
+            return self._json(
+                {
+                    "_id": id,
+                    "id": id,
+                    "modelId": id,
+                    "author": id.split("/")[0],
+                    "sha": self.hub.commit(kind, id),
+                    "private": id in self.hub.private,
+                    "gated": "auto" if id in self.hub.gated else False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "siblings": files,
+                    "lastModified": "2024-01-01T00:00:00.000Z",
+                    "createdAt": "2024-01-01T00:00:00.000Z",
+                }
+            )
         if rest[0] == "tree":
             folder = "/".join(rest[2:])
             found = self._entries(kind, id, folder, query.get("recursive", ["false"])[0].lower() in ("true", "1"))
@@ -152,14 +164,17 @@ class _Handler(BaseHTTPRequestHandler):
         for path in self.hub.files(kind, id):
             if not path.startswith(prefix):
                 continue
-            names = path[len(prefix):].split("/")
+            names = path[len(prefix) :].split("/")
             for depth in range(1, len(names) if recursive else min(2, len(names))):
                 name = prefix + "/".join(names[:depth])
                 entries[name] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
             if recursive or len(names) == 1:
                 content = (self.hub.repos_dir / kind / id / path).read_bytes()
                 entries[path] = {
-                    "type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": path
+                    "type": "file",
+                    "oid": hashlib.sha1(content).hexdigest(),
+                    "size": len(content),
+                    "path": path,
                 }
         return list(entries.values())
 

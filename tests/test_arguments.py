@@ -18,14 +18,8 @@ from hfspeech.arguments import (
 from hfspeech.errors import UserError
 
 ALL = (DataArguments, WhisperArguments, LoraArguments, SpeechTrainingArguments)
-SHIPPED = sorted([*ROOT.glob("recipes/*/*.yaml"), ROOT / "assets/nano_whisper/args.yaml"])
+SHIPPED = sorted([*ROOT.glob("recipes/*/*.yaml"), *ROOT.glob("assets/*/*.yaml")])
 NEEDED = {"output_dir": "out", "model_name_or_path": "somewhere", "use_cpu": True}
-
-
-@pytest.fixture(autouse=True)
-def no_trace(monkeypatch):
-    """Takes back what parsing sets in the environment."""
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
 
 
 @pytest.fixture
@@ -66,9 +60,18 @@ def test_a_named_file_replaces_the_one_beside_the_recipe(parsed, tmp_path):
 
 
 def test_a_flag_replaces_a_whole_list_of_the_file(parsed):
-    data, *_ = parsed({"dataset_name": ["a", "b"], "dataset_weights": [1, 2]}, "--dataset_name", "c")
-    assert data.dataset_name == ["c"]
+    data, *_ = parsed({"speed_perturbation": [1, 2], "dataset_weights": [1, 2]}, "--speed_perturbation", "1.5")
+    assert data.speed_perturbation == [1.5]
     assert data.dataset_weights == [1.0, 2.0]
+
+
+def test_another_dataset_leaves_aside_what_the_file_says_of_its_own(parsed):
+    file = {"dataset_name": "a", "train_split_name": "train.100", "text_column_name": "said", "max_steps": 3}
+    data, *_, train = parsed(file, "--dataset_name", "c", "--text_column_name", "text")
+    assert (data.dataset_name, data.train_split_name, data.text_column_name) == (["c"], "train", "text")
+    assert train.max_steps == 3
+    data, *_ = parsed(file, "--max_steps", "4")
+    assert (data.dataset_name, data.train_split_name, data.text_column_name) == (["a"], "train.100", "said")
 
 
 def test_dashes_in_flags_mean_underscores(parsed):
@@ -95,12 +98,14 @@ def test_a_bare_flag_switches_on(parsed):
 
 
 def test_nested_settings_arrive_as_they_were_written(parsed):
-    *_, train = parsed({
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": 1e-6},
-        "accelerator_config": {"even_batches": False, "split_batches": True},
-        "report_to": ["none"],
-    })
+    *_, train = parsed(
+        {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr": 1e-6},
+            "accelerator_config": {"even_batches": False, "split_batches": True},
+            "report_to": ["none"],
+        }
+    )
     assert train.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert train.accelerator_config.even_batches is False and train.accelerator_config.split_batches is True
     assert train.report_to == []
@@ -178,7 +183,7 @@ def test_an_output_folder_must_be_named(parsed):
 
 
 def test_a_contradiction_that_transformers_finds_is_one_sentence(parsed):
-    message = refusal(parsed, {"eval_strategy": "no"})
+    message = refusal(parsed, {"save_strategy": "no"})
     assert "load_best_model_at_end" in message.replace("--", "") and "\n" not in message
 
 

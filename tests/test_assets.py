@@ -34,7 +34,9 @@ def long_texts(folder):
 def make(name, output_dir, *flags):
     subprocess.run(
         [sys.executable, str(ASSETS / name / "make.py"), "--output_dir", str(output_dir), *flags],
-        check=True, capture_output=True, timeout=120,
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
 
 

@@ -38,7 +38,6 @@ def refusal(capsys, monkeypatch, tmp_path):
     """Runs a recipe's own main in this process; returns the sentence with which it ends."""
     notes = logging.getLogger("hfspeech")
     before = notes.handlers, notes.propagate, notes.level
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)
 

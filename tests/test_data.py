@@ -59,8 +59,10 @@ def audiofolder(folder, sizes=(("train", 8), ("validation", 3), ("test", 4)), se
             seed += 1
             (folder / split).mkdir(parents=True, exist_ok=True)
             (folder / split / f"{split}_{i}.flac").write_bytes(flac(seed, 0.5 + 0.01 * i))
-            rows.append({"file_name": f"{split}_{i}.flac", "text": f"word {i}"}
-                        | {name: value(i) for name, value in columns.items()})
+            rows.append(
+                {"file_name": f"{split}_{i}.flac", "text": f"word {i}"}
+                | {name: value(i) for name, value in columns.items()}
+            )
         table(folder / split / "metadata.csv", rows)
     return folder
 
@@ -70,8 +72,10 @@ def arguments(*names, **rest):
 
 
 def parquet_rows(split, size, seed):
-    return [{"audio": {"bytes": flac(seed + i), "path": f"{split}{i}.flac"}, "text": f"word {i}", "speaker": f"s{i % 4}"}
-            for i in range(size)]
+    return [
+        {"audio": {"bytes": flac(seed + i), "path": f"{split}{i}.flac"}, "text": f"word {i}", "speaker": f"s{i % 4}"}
+        for i in range(size)
+    ]
 
 
 def nano(timestamps=False):
@@ -117,7 +121,7 @@ def test_common_voice(tmp_path):
     seed = 0
     for split, size in (("train", 4), ("dev", 2), ("test", 3)):
         rows = []
-        for i in range(size):
+        for _ in range(size):
             seed += 1
             name = f"common_voice_{seed}.mp3"
             (tmp_path / "clips").mkdir(exist_ok=True)
@@ -232,13 +236,19 @@ def test_every_filter_counts_and_shows_an_example(tmp_path):
     for name, seconds in (("test_2", 0.05), ("test_3", 9.0)):
         (tmp_path / "test" / f"{name}.flac").write_bytes(flac(900, seconds))
     texts = ["one", "  ", "one", "one", "two " * 30, "one", "three"]
-    table(tmp_path / "test" / "metadata.csv",
-          [{"file_name": f"test_{i}.flac", "text": text} for i, text in enumerate(texts)])
+    table(
+        tmp_path / "test" / "metadata.csv",
+        [{"file_name": f"test_{i}.flac", "text": text} for i, text in enumerate(texts)],
+    )
     speech = load_speech(arguments(tmp_path), processor, max_label_length=20)
     assert len(speech["test"]) == 3
     dropped = speech.account["splits"]["test"]["dropped"]
     assert {reason: entry["count"] for reason, entry in dropped.items()} == {
-        "empty text": 1, "shorter than 0.1 s": 1, "longer than 5 s": 1, "labels longer than 20 tokens": 1}
+        "empty text": 1,
+        "shorter than 0.1 s": 1,
+        "longer than 5 s": 1,
+        "labels longer than 20 tokens": 1,
+    }
     assert dropped["longer than 5 s"]["example"] == "row 4, test_3.flac: 9.00 s"
     longest = len(processor.tokenizer("two " * 30).input_ids) - 1
     assert dropped["labels longer than 20 tokens"]["example"] == f"row 5, test_4.flac: {longest} tokens"
@@ -265,7 +275,9 @@ def test_timestamps_count_as_labels_and_may_be_given():
     texts = ["four two", "<|0.20|> four<|0.60|><|0.80|> two<|1.00|>"]
     filters = Filters(0.1, None, tokenizer, length)
     assert filters.reasons(texts, [1.0, 1.0]) == [
-        None, (f"labels longer than {length} tokens", f"{length + 2} tokens")]
+        None,
+        (f"labels longer than {length} tokens", f"{length + 2} tokens"),
+    ]
     filters.max_label_length = length - 1
     assert filters.reasons(texts[:1], [1.0]) == [(f"labels longer than {length - 1} tokens", f"{length} tokens")]
 
@@ -296,7 +308,9 @@ def test_bad_header_stops_or_is_skipped(tmp_path, content, reason):
     assert entry["count"] == 1 and entry["example"].startswith("row 3, train_2.flac: ")
 
 
-@pytest.mark.parametrize("waveform, reason", [(np.zeros(8000), "all samples are zero"), (np.full(8000, np.nan), "NaN")])
+@pytest.mark.parametrize(
+    "waveform, reason", [(np.zeros(8000), "all samples are zero"), (np.full(8000, np.nan), "NaN")]
+)
 def test_bad_samples_are_named_when_the_row_is_decoded(tmp_path, waveform, reason):
     audiofolder(tmp_path)
     soundfile.write(tmp_path / "test" / "bad.wav", waveform, 16000, subtype="FLOAT")
@@ -343,8 +357,10 @@ def test_segments_leak_only_where_they_overlap(tmp_path):
 
     def write(test_offset):
         for split, offset in (("train", 0.0), ("validation", 5.0), ("test", test_offset)):
-            table(tmp_path / f"{split}.jsonl",
-                  [{"audio_filepath": "long.wav", "offset": offset, "duration": 1.0, "text": "a"}])
+            table(
+                tmp_path / f"{split}.jsonl",
+                [{"audio_filepath": "long.wav", "offset": offset, "duration": 1.0, "text": "a"}],
+            )
 
     write(2.0)
     assert len(load_speech(arguments(tmp_path))["test"]) == 1
@@ -379,7 +395,9 @@ def test_mistakes_say_what_to_type(tmp_path, change, message):
 
 def test_ambiguous_text_column(tmp_path):
     audiofolder(tmp_path, sentence=lambda i: "a")
-    with pytest.raises(UserError, match="several columns for the text: text, sentence; choose with --text_column_name"):
+    with pytest.raises(
+        UserError, match="several columns for the text: text, sentence; choose with --text_column_name"
+    ):
         load_speech(arguments(tmp_path))
     assert load_speech(arguments(tmp_path, text_column_name="sentence"))["test"][0]["text"] == "a"
 
@@ -400,8 +418,10 @@ def test_durations_in_milliseconds_are_not_believed(tmp_path):
 
 def test_streamed_rows_are_the_loaded_rows(tmp_path):
     audiofolder(tmp_path, speaker=lambda i: f"s{i}")
-    table(tmp_path / "train" / "metadata.csv",
-          [{"file_name": f"train_{i}.flac", "text": "" if i == 3 else f"word {i}"} for i in range(8)])
+    table(
+        tmp_path / "train" / "metadata.csv",
+        [{"file_name": f"train_{i}.flac", "text": "" if i == 3 else f"word {i}"} for i in range(8)],
+    )
     loaded, streamed = load_speech(arguments(tmp_path)), load_speech(arguments(tmp_path, streaming=True))
     rows = sorted(streamed["train"], key=lambda row: row["row"])
     assert [row["text"] for row in rows] == loaded["train"].column("text")
@@ -418,8 +438,10 @@ def collated(rows):
 
 def test_rows_left_out_of_a_stream_come_along_from_a_worker(tmp_path):
     audiofolder(tmp_path)
-    table(tmp_path / "train" / "metadata.csv",
-          [{"file_name": f"train_{i}.flac", "text": "" if i in (1, 2) else "word"} for i in range(8)])
+    table(
+        tmp_path / "train" / "metadata.csv",
+        [{"file_name": f"train_{i}.flac", "text": "" if i in (1, 2) else "word"} for i in range(8)],
+    )
     speech = load_speech(arguments(tmp_path, streaming=True), nano())
     loader = torch.utils.data.DataLoader(
         speech["train"], batch_size=4, num_workers=1, collate_fn=WhisperCollator(nano()),
@@ -427,7 +449,9 @@ def test_rows_left_out_of_a_stream_come_along_from_a_worker(tmp_path):
     )  # fmt: skip
     batches = list(loader)
     assert sorted(entry for batch in batches for entry in batch["left_out"]) == [
-        ["empty text", "row 2, train_1.flac", ""], ["empty text", "row 3, train_2.flac", ""]]
+        ["empty text", "row 2, train_1.flac", ""],
+        ["empty text", "row 3, train_2.flac", ""],
+    ]
     assert sum(len(batch["index"]) for batch in batches) == 6
     assert speech.account["splits"]["train"]["dropped"] == {}
 
@@ -446,8 +470,10 @@ def test_what_stops_a_run_is_handed_on_and_not_raised_where_rows_are_read(tmp_pa
         pytest.skip("FFmpeg is here, so no format misses it")
     audiofolder(tmp_path)
     video = b"\0\0\0\x20ftypM4A " + bytes(5000)
-    table(tmp_path / "train" / "metadata.csv",
-          [{"file_name": f"train_{i}.flac", "text": "a", "duration": 0.5 + 0.01 * i} for i in range(8)])
+    table(
+        tmp_path / "train" / "metadata.csv",
+        [{"file_name": f"train_{i}.flac", "text": "a", "duration": 0.5 + 0.01 * i} for i in range(8)],
+    )
     (tmp_path / "train" / "train_5.flac").write_bytes(video)
     for rows in (load_speech(arguments(tmp_path, streaming=True, on_bad_audio="skip"))["train"],
                  load_speech(arguments(tmp_path, on_bad_audio="skip"))["train"]):  # fmt: skip
@@ -457,8 +483,10 @@ def test_what_stops_a_run_is_handed_on_and_not_raised_where_rows_are_read(tmp_pa
 
 def test_a_time_in_a_stream_that_is_no_number_is_handed_on(tmp_path):
     audiofolder(tmp_path)
-    table(tmp_path / "train" / "metadata.csv",
-          [{"file_name": f"train_{i}.flac", "text": "a", "offset": "0" if i else "soon"} for i in range(8)])
+    table(
+        tmp_path / "train" / "metadata.csv",
+        [{"file_name": f"train_{i}.flac", "text": "a", "offset": "0" if i else "soon"} for i in range(8)],
+    )
     batch = collated(load_speech(arguments(tmp_path, streaming=True))["train"])
     assert len(batch["fatal"]) == 1 and "'soon' is not a number of seconds" in batch["fatal"][0]
 
@@ -467,8 +495,10 @@ def test_several_streams_are_mixed_without_losing_what_is_known_of_their_rows(tm
     a, b = audiofolder(tmp_path / "a"), audiofolder(tmp_path / "b", seed=500)
     for folder in (a, b):
         (folder / "train" / "train_2.flac").write_bytes(b"")
-        table(folder / "train" / "metadata.csv",
-              [{"file_name": f"train_{i}.flac", "text": "" if i == 1 else "word"} for i in range(8)])
+        table(
+            folder / "train" / "metadata.csv",
+            [{"file_name": f"train_{i}.flac", "text": "" if i == 1 else "word"} for i in range(8)],
+        )
     rows = list(load_speech(arguments(a, b, streaming=True))["train"])
     assert {row["dataset"] for row in rows} == {str(a), str(b)}
     assert all(row["waveform"].dtype == np.float32 for row in rows if row["waveform"] is not None)
@@ -494,8 +524,10 @@ def test_streamed_row_of_the_test_split_is_fatal(tmp_path, as_path):
 def test_streamed_segments_leak_only_where_they_overlap(tmp_path, test_offset, fatal):
     soundfile.write(tmp_path / "long.wav", sound(1, 8.0), 16000)
     for split, offset in (("train", 0.0), ("validation", 7.0), ("test", test_offset)):
-        table(tmp_path / f"{split}.jsonl",
-              [{"audio_filepath": "long.wav", "offset": offset, "duration": 1.0, "text": "a"}])
+        table(
+            tmp_path / f"{split}.jsonl",
+            [{"audio_filepath": "long.wav", "offset": offset, "duration": 1.0, "text": "a"}],
+        )
     batch = collated(load_speech(arguments(tmp_path, streaming=True))["train"])
     assert [sentence.split("also stands in ")[1].split(";")[0] for sentence in batch["fatal"]] == fatal
 
@@ -519,7 +551,9 @@ for change in json.loads(sys.argv[1]):
 
 def load_in_subprocess(env, *changes):
     env = env | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(changes)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(changes)], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

@@ -1,7 +1,6 @@
 """Every recipe, launched as a user launches it: trained, killed, resumed, stopped, and loaded by stock tools."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import NANO, NEW_DIGITS, ROOT, environment, launch, recipe_command
@@ -142,6 +142,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, 
 @pytest.fixture(scope="module")
 def finished_runs(few_digits, tmp_path_factory):
     """Gives the output folder of an uninterrupted short run of a recipe."""
+
     def run(recipe, processes):
         folder = tmp_path_factory.mktemp("whole") / recipe
         launch(recipe, *SHORT, data=few_digits, output_dir=folder, processes=processes)
@@ -189,6 +190,9 @@ def wait_for(path, process, seconds=180):
 
 
 def kill_all(process):
-    """SIGKILLs a launcher and everything that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILLs a launcher and everything that it started; torch gives each process a session of its own."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
     process.wait()

@@ -18,12 +18,6 @@ from hfspeech.errors import UserError
 from hfspeech.runs import RUN_FILE, environment, open_run, read_json, require_space, write_json, write_jsonl, writing
 
 
-@pytest.fixture(autouse=True)
-def no_trace(monkeypatch):
-    """Takes back what parsing sets in the environment."""
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
-
-
 def arguments(output_dir, **settings):
     settings = {"output_dir": str(output_dir), "use_cpu": True, **settings}
     return parse_arguments(settings, [], (SpeechTrainingArguments,))[0]

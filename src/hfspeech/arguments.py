@@ -242,7 +242,6 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             self.accelerator_config = {"dispatch_batches": False}
         self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
         self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
         super().__post_init__()
 
 

@@ -15,6 +15,7 @@ import safetensors
 import torch
 from accelerate.utils import gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from transformers.trainer_utils import EvalLoopOutput, has_length
@@ -83,6 +84,10 @@ class SpeechTrainer(Seq2SeqTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # An evaluation before training would else be logged into the working directory.
+                callback.logging_dir = str(Path(args.output_dir) / "runs")
         if self.pop_callback(ProgressCallback):
             self.add_callback(_ProgressLines)
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
@@ -111,7 +116,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             decoder_input_ids=self._decoder_input_ids(labels),
             use_cache=False,
         ).logits
-        loss = _summed_cross_entropy(logits, labels, self.args.label_smoothing_factor)
+        loss = _cross_entropy(logits, labels, self.args.label_smoothing_factor).sum()
         if num_items_in_batch is None:
             num_items_in_batch, scale = labels.ne(-100).sum(), 1
         else:
@@ -191,7 +196,7 @@ class SpeechTrainer(Seq2SeqTrainer):
                 ).logits
                 tokens = whisper.generate(encoder_outputs=BaseModelOutput(encoded), **options)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            losses = [_summed_cross_entropy(row, label).item() for row, label in zip(logits, labels)]
+            losses = _cross_entropy(logits, labels).sum(dim=1).tolist()
             counts = labels.ne(-100).sum(dim=1).tolist()
             # A batch without a good row is a moment of silence, which zip leaves out here: it has no index.
             found += zip(batch["index"], texts, losses, counts)
@@ -336,10 +341,9 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def _stop_is_asked(self):
         """Tells whether a signal has come; under several processes it may have reached them at different steps."""
-        stop = torch.tensor(float(self.stop_request.received), device=self.args.device)
         if self.args.world_size > 1:
-            stop = gather(stop.reshape(1)).max()
-        self.stop_request.received = bool(stop.item())
+            stop = torch.tensor([float(self.stop_request.received)], device=self.args.device)
+            self.stop_request.received = gather(stop).max().item() > 0
         return self.stop_request.received
 
     def _progress_now(self):
@@ -499,9 +503,10 @@ def is_whole_checkpoint(folder):
     return any(path.exists() for path in weights) and zipfile.is_zipfile(folder / "optimizer.pt")
 
 
-def _summed_cross_entropy(logits, labels, label_smoothing=0.0):
+def _cross_entropy(logits, labels, label_smoothing=0.0):
+    """Returns the cross-entropy of each target token, (batch, tokens) float32, 0 where the label is -100."""
     return torch.nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
+        logits.float().transpose(1, 2), labels, reduction="none", label_smoothing=label_smoothing
     )
 
 
