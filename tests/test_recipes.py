@@ -130,6 +130,8 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, 
     assert resumed["train"]["audio_seconds"] == pytest.approx(uninterrupted["train"]["audio_seconds"])
     assert resumed["before"] == uninterrupted["before"]
     assert resumed["after"] == uninterrupted["after"]
+    # Each row keeps its own before, which the killed launch wrote, beside its after.
+    assert (tmp_path / "run/predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(

@@ -213,9 +213,11 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         if self.hub_token:  # every checkpoint would hold it, readable
             raise UserError("--hub_token is not taken: type `hf auth login` once, or set HF_TOKEN.")
         self.choices = []
-        if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            self.use_cpu = True  # else each of the processes would run alone and unaware of the others
-            self.choices.append("processes on the CPU, joined by gloo: no GPU")
+        if not torch.accelerator.is_available():
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                self.use_cpu = True  # else each of the processes would run alone and unaware of the others
+                self.choices.append("processes on the CPU, joined by gloo: no GPU")
+            self.use_cpu = bool(self.use_cpu or self.bf16)  # transformers asks for it before bf16 on a CPU
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = False, False
             if self.use_cpu or not torch.cuda.is_available():

@@ -235,8 +235,8 @@ class SpeechTrainer(Seq2SeqTrainer):
                 self.evaluate(speech[split], metric_key_prefix=f"{when}_{split}")
             place[when], rows = self.last_evaluation
             for row in rows:
-                entry = self.predictions.setdefault((split, row["index"]), {"set": split, "row": row["index"]})
-                entry |= {k: v for k, v in row.items() if k not in ("prediction", "index") and v is not None}
+                entry = self.predictions.setdefault((split, row["index"]), {"set": split})
+                entry |= {k: v for k, v in row.items() if k != "prediction" and v is not None}
                 entry[when] = row["prediction"]
             self.write_results(speech)
 
@@ -515,4 +515,4 @@ def _read_predictions(path):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     except json.JSONDecodeError:
         raise UserError(f"{path} is damaged: delete its folder, or choose another --output_dir.") from None
-    return {(row["set"], row["row"]): row for row in rows}
+    return {(row["set"], row["index"]): row for row in rows}
