@@ -153,6 +153,12 @@ def test_a_frozen_encoder_gets_no_adapter(targets):
     assert trained and not any(".encoder." in name for name in trained if ".encoder_attn." not in name)
 
 
+def test_the_convolutions_are_refused():
+    model, _ = load_whisper(WhisperArguments(model_name_or_path=str(NANO), language="english"))
+    with pytest.raises(UserError, match="conv1 and conv2 cannot be adapted"):
+        add_lora(model, LoraArguments(lora_target_modules=["q_proj", "conv1"]))
+
+
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(UserError, match="--lora_target_modules query .*q_proj"):
         add_lora(load()[0], LoraArguments(lora_target_modules=["query"]))

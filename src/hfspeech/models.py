@@ -123,6 +123,8 @@ def add_lora(model, lora_args):
     import peft
 
     targets = lora_args.lora_target_modules
+    if {"conv1", "conv2"} & set(targets):  # Whisper's forward asks them for their stride, which peft's layer hides
+        raise UserError("--lora_target_modules: conv1 and conv2 cannot be adapted; leave them out, or take all-linear.")
     # No task_type: SEQ_2_SEQ_LM would pass input_ids, which Whisper's forward does not take.
     config = peft.LoraConfig(
         r=lora_args.lora_r,
