@@ -13,7 +13,7 @@ from pathlib import Path
 from hfspeech.publish import rate_text
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (results|arguments)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (results|arguments|coverage)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.S)
 
 
 def results_table(names):
@@ -79,7 +79,21 @@ def _section(dtype, fields):
     return [*lines, ""]
 
 
-MAKERS = {"results": results_table, "arguments": arguments_table}
+def coverage_table(name):
+    """Returns a Markdown table of how often intervals hold the truth, by the number of speakers."""
+    record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    counts, made = list(record["by_speaker"]), record["environment"]
+    lines = [f"| speakers | {' | '.join(counts)} |", "|---" * (len(counts) + 1) + "|"]
+    for title, shares in (("resampled by speaker", record["by_speaker"]), ("resampled by row", record["by_row"])):
+        lines.append(f"| {title} | {' | '.join(f'{100 * shares[count]:.0f} %' for count in counts)} |")
+    origin = (
+        f"`{name}`: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {record['tests']} tests for "
+        "each column."
+    )
+    return "\n".join([*lines, "", origin]) + "\n"
+
+
+MAKERS = {"results": results_table, "arguments": arguments_table, "coverage": coverage_table}
 
 
 def rendered(text):

@@ -8,8 +8,7 @@ import numpy as np
 from .errors import UserError
 from .text import normalizer as normalizer_named
 
-# Below this many speakers a resample is too often one speaker many times over. In simulation, a 95 % interval held the
-# true rate in 51 % of tests with 2 speakers, 73 % with 3, 80 % with 5, 89 % with 10, 92 % with 20 (docs/metrics.md).
+# Below this many speakers a resample is too often one speaker many times over: docs/metrics.md has the simulation.
 MIN_SPEAKERS = 5
 
 _INPUTS = """
