@@ -10,10 +10,12 @@ import json
 import re
 from pathlib import Path
 
+import speed
+
 from hfspeech.publish import rate_text
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (results|arguments|coverage)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- (\w+)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.S)
 
 
 def results_table(names):
@@ -93,7 +95,16 @@ def coverage_table(name):
     return "\n".join([*lines, "", origin]) + "\n"
 
 
-MAKERS = {"results": results_table, "arguments": arguments_table, "coverage": coverage_table}
+MAKERS = {
+    "results": results_table,
+    "arguments": arguments_table,
+    "coverage": coverage_table,
+    "speed": speed.speed_table,
+    "levers": speed.levers_table,
+    "peak": speed.peak_table,
+    "first_step": speed.first_step_table,
+    "quality": speed.quality_table,
+}
 
 
 def rendered(text):

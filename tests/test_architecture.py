@@ -13,7 +13,7 @@ PACKAGE = ROOT / "src/hfspeech"
 LEVELS = {
     "errors": 0,
     "text": 1,
-    "arguments": 1, "audio": 1,
+    "arguments": 1, "audio": 1, "hardware": 1, "modeling": 1,
     "augment": 2, "data": 2, "metrics": 2, "models": 2, "runs": 2,
     "batching": 3,
     "inference": 4, "training": 4, "publish": 4,
@@ -109,6 +109,6 @@ def test_the_top_level_is_as_planned():
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert top - {".ci", ".gitignore"} == {
-        "recipes", "src", "tests", "docs", "assets", "requirements.txt", "setup.cfg", "pyproject.toml", "Makefile",
+        "recipes", "src", "tests", "docs", "assets", "bench", "requirements.txt", "setup.cfg", "pyproject.toml", "Makefile",
         "README.md", "LICENSE",
     }  # fmt: skip

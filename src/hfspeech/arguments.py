@@ -196,6 +196,34 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     dataloader_num_workers: int = field(
         default=None, metadata={"help": "Processes that decode audio. Default: the cores, at most 8 a process."}
     )
+    encoder_window: str = field(
+        default="auto",
+        metadata={
+            "help": "Seconds that the encoder is given in training: what a batch needs, or always its full window.",
+            "choices": ["auto", "full"],
+        },
+    )
+    full_window_share: float = field(
+        default=0.25,
+        metadata={"help": "Share of the steps that auto pads to the full window, with fewer rows at the same cost."},
+    )
+    max_batch_seconds: str = field(
+        default=None,
+        metadata={
+            "help": "Seconds of padded audio in a batch of each device, instead of a number of rows; auto looks for "
+            "the most that fits on the GPU."
+        },
+    )
+    cache_encoder_outputs: bool = field(
+        default=True, metadata={"help": "Run a frozen encoder once for each row, if nothing changes the rows."}
+    )
+    generation_cache_implementation: str = field(
+        default="dynamic",
+        metadata={
+            "help": "Key and value cache in evaluation; transformers compiles the decoder for static on a GPU.",
+            "choices": ["dynamic", "static"],
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows are decoded late."})
     label_names: list[str] = field(default_factory=lambda: ["labels"], metadata={"help": "Names of the targets."})
     ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "DDP's search for unused weights."})
@@ -212,16 +240,21 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             raise UserError("Say where the run may write with --output_dir FOLDER.")
         if self.hub_token:  # every checkpoint would hold it, readable
             raise UserError("--hub_token is not taken: type `hf auth login` once, or set HF_TOKEN.")
+        if not 0 <= self.full_window_share <= 1:
+            raise UserError(f"--full_window_share has to lie between 0 and 1, not at {self.full_window_share:g}.")
+        if self.max_batch_seconds not in (None, "auto"):
+            self.max_batch_seconds = _positive_number(self.max_batch_seconds, "--max_batch_seconds", "or auto")
         self.choices = []
         if not torch.accelerator.is_available():
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 self.use_cpu = True  # else each of the processes would run alone and unaware of the others
                 self.choices.append("processes on the CPU, joined by gloo: no GPU")
             self.use_cpu = bool(self.use_cpu or self.bf16)  # transformers asks for it before bf16 on a CPU
+        self.precision_is_open = False
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = False, False
             if self.use_cpu or not torch.cuda.is_available():
-                self.choices.append("fp32: no GPU")
+                self.precision_is_open = True  # on a CPU it depends on the model, too
             elif torch.cuda.is_bf16_supported(including_emulation=False):
                 self.bf16 = True
                 self.choices.append(f"bf16: {torch.cuda.get_device_name()} supports it")
@@ -240,11 +273,20 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             self.load_best_model_at_end = False
             self.choices.append("the last checkpoint is kept, not the best: no evaluations")
         if self.accelerator_config is None:
-            # Every process reads a stream itself: accelerate's dispatcher can send tensors only.
-            self.accelerator_config = {"dispatch_batches": False}
+            # Every process reads a stream itself: accelerate's dispatcher can send tensors only. Batches differ in size.
+            self.accelerator_config = {"dispatch_batches": False, "even_batches": False}
         self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
         self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
         super().__post_init__()
+
+
+def _positive_number(value, flag, otherwise):
+    try:
+        if (number := float(value)) > 0:
+            return number
+    except ValueError:
+        pass
+    raise UserError(f"{flag} has to be a number above 0 {otherwise}, not {value}.")
 
 
 def default_num_workers():

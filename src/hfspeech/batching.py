@@ -1,5 +1,8 @@
 """From decoded rows to batches: log-mel features and labels made when they are needed, in batches of like length."""
 
+import itertools
+import math
+
 import numpy as np
 import torch
 
@@ -7,6 +10,15 @@ from .text import labels_of
 
 # A recording may outlast the model's window by this much, which is cut off: its times are rounded somewhere.
 CUT_SLACK_S = 0.1
+# Silence behind the longest row of an unpadded batch. In training its length is drawn at random, so that the model
+# relies on none; the frames of speech are those of a padded recording from 200 samples of silence on.
+TAIL_S = 0.6
+TRAIN_TAIL_S = (0.2, 1.0)
+# An evaluation batch of short rows holds at most this many times the rows that it holds at the full window.
+MOST_EVAL_ROWS = 8
+# What --torch_compile true is given to compile: so many lengths of audio, and labels in multiples of so many tokens.
+COMPILED_LENGTHS = 16
+COMPILED_LABELS = 16
 
 
 class WhisperCollator:
@@ -17,9 +29,13 @@ class WhisperCollator:
         on_bad_audio: `error` or `skip`; the trainer reads it when a batch reports a row that could not be decoded.
 
     Calling it with a list of rows (dicts with `index`, `row`, `id`, `waveform` float32 at the processor's sampling rate
-    or None, `text`, `duration_s`; where `waveform` is None `bad_audio` or `fatal` says why; rows of a stream also
-    have `left_out`) returns a dict:
-        input_features: (batch, num_mel_bins, frames) float32, the waveform padded with silence to the whole window.
+    or None, `text`, `duration_s`; where `waveform` is None `bad_audio` or `fatal` says why, or `is_encoded` that the
+    encoder's output is known already; rows of a stream also have `left_out`) returns a dict:
+        input_features: (batch, num_mel_bins, frames) float32, the waveforms followed by silence up to the longest
+            `padded_s` of the rows, or to the whole window if they have none; without the rows that are encoded already,
+            and missing if all of them are.
+        padded_s: float, that number of seconds.
+        is_encoded: list of bool, one for each row.
         labels: (batch, tokens) int64, right-padded with -100, without the leading start token, which Whisper adds.
         index: list of int, the rows' places in their dataset.
         duration_s: list of float, seconds of audio before padding.
@@ -33,17 +49,29 @@ class WhisperCollator:
     def __init__(self, processor, on_bad_audio="error"):
         self.processor = processor
         self.on_bad_audio = on_bad_audio
+        self.pad_labels_to_multiple_of = 1
 
     def __call__(self, rows):
         bad_audio = [row["bad_audio"] for row in rows if row.get("bad_audio")]
         good = []
         for row in rows:
-            if row["waveform"] is not None:
+            if row.get("is_encoded"):
+                good.append(row)
+            elif row["waveform"] is not None:
                 too_long = self._too_long(row)
                 bad_audio += too_long
                 good += [] if too_long else [row]
+        is_encoded = [bool(row.get("is_encoded")) for row in good]
+        waveforms = [row["waveform"] for row in good if row["waveform"] is not None]
+        lengths = [row.get("padded_s") for row in good]
+        padded_s = max(lengths) if lengths and None not in lengths else None
+        features = {}
+        if waveforms or not good:
+            features["input_features"] = self.features(waveforms or [np.zeros(1600, np.float32)], padded_s)
         return {
-            "input_features": self.features([row["waveform"] for row in good] or [np.zeros(1600, np.float32)]),
+            **features,
+            "padded_s": padded_s or self.processor.feature_extractor.chunk_length,
+            "is_encoded": is_encoded,
             "labels": self.labels([row["text"] for row in good], [row["duration_s"] for row in good])
             if good
             else torch.full((1, 1), -100),
@@ -65,67 +93,186 @@ class WhisperCollator:
             f"{extractor.chunk_length} s"
         ]
 
-    def features(self, waveforms):
-        """Returns the log-mel features of a list of 16 kHz waveforms, (batch, num_mel_bins, frames) float32."""
+    def features(self, waveforms, padded_s=None):
+        """Returns the log-mel features of 16 kHz waveforms, followed by silence.
+
+        Args:
+            waveforms: list of float arrays of shape (samples,).
+            padded_s: seconds that they are to fill, at least; None for the model's whole window. More is taken where
+                a waveform, made longer by augmentation, would lack its tail; never more than the window.
+
+        Returns:
+            float32 tensor of shape (batch, num_mel_bins, an even number of frames).
+        """
         extractor = self.processor.feature_extractor
-        return extractor(waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
+        samples = extractor.n_samples
+        if padded_s is not None:
+            two_frames = 2 * extractor.hop_length  # the encoder makes one position of two frames
+            least = max(map(len, waveforms)) + round(TRAIN_TAIL_S[0] * extractor.sampling_rate)
+            wanted = max(round(padded_s * extractor.sampling_rate), least)
+            samples = min(-(-wanted // two_frames) * two_frames, samples)
+        options = {"sampling_rate": extractor.sampling_rate, "max_length": samples, "return_tensors": "pt"}
+        return extractor(waveforms, **options).input_features
 
     def labels(self, texts, durations_s):
         """Returns the target tokens of a list of texts, (batch, tokens) int64 padded with -100."""
         ids = labels_of(self.processor.tokenizer, texts, durations_s)
-        labels = torch.full((len(ids), max(map(len, ids))), -100)
+        longest = max(map(len, ids))
+        multiple = self.pad_labels_to_multiple_of
+        labels = torch.full((len(ids), -(-longest // multiple) * multiple), -100)
         for row, tokens in enumerate(ids):
             labels[row, : len(tokens)] = torch.tensor(tokens)
         return labels
 
 
-class LengthBucketSampler(torch.utils.data.Sampler):
-    """Draws rows in random order, but so that the rows of one batch, and of all processes' batches, are of like length.
+class LengthBatchSampler(torch.utils.data.Sampler):
+    """Draws training batches of rows of like length, all batches of one optimizer step at the same cost.
 
-    The rows are shuffled, cut into pools of `pool_batches` global batches, sorted by length inside each pool, and the
-    global batches then drawn in random order. The order depends on the seed and the epoch only.
+    Every pass shuffles the rows, cuts them into pools of `pool_steps` optimizer steps, sorts each pool by length, cuts
+    it into whole steps and draws these in random order. Rows that fill no step wait for the next pool or pass, so
+    that none is lost and no step is short. An epoch is as many steps as the first pass has. The order depends on the
+    settings, the seed and the epoch only.
+
+    Yields lists of (row number, seconds to pad the waveform to).
 
     Args:
-        lengths: list of float, a length for each row in any unit.
-        batch_size: rows in one global batch, over all processes.
+        durations_s: list of float, seconds of each row.
+        window_s: seconds of the model's window.
+        batch_size: rows in a batch; or
+        max_batch_seconds: seconds in a batch, its padding counted: as many rows as fit.
+        encoder_window: `auto` pads a batch to its longest row and a random tail, `full` to the whole window.
+        full_window_share: share of the steps that `auto` pads to the whole window. Such a step has as many rows fewer
+            as keep its cost that of the others; those left over wait for a later step.
+        batches_per_step: processes times accumulation steps. Consecutive batches make a step.
         seed: int.
-        pool_batches: global batches in one pool; more means less padding and less randomness.
+        num_lengths: round the padded length up to one of so many; None for no rounding.
+        same_length: put only rows together that are rounded to the same length, which has no random tail then: a
+            row's padded length never changes.
+        pool_steps: steps in one pool; more means less padding and less randomness.
     """
 
-    def __init__(self, lengths, batch_size, seed=0, pool_batches=50):
-        self.lengths = torch.tensor(lengths, dtype=torch.float64)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.pool_batches = pool_batches
+    def __init__(
+        self, durations_s, window_s, batch_size=None, max_batch_seconds=None, encoder_window="auto",
+        full_window_share=0.0, batches_per_step=1, seed=0, num_lengths=None, same_length=False, pool_steps=50,
+    ):  # fmt: skip
+        self.window_s = window_s
+        self.batch_size = None  # its absence tells accelerate that batches differ in size
+        self.rows_per_batch, self.max_batch_seconds = batch_size, max_batch_seconds
+        self.batches_per_step, self.seed = batches_per_step, seed
+        self.full_window_share = full_window_share if encoder_window == "auto" else 0.0
+        self.grid_s = window_s / num_lengths if num_lengths else None
+        self.same_length = same_length
+        durations_s = np.asarray(durations_s, dtype=np.float64)
+        if encoder_window == "full":
+            self.tail_s, self.lengths_s = (0.0, 0.0), np.full(len(durations_s), float(window_s))
+            self.sort_by = durations_s  # the labels, too, are of like length then
+        else:
+            self.tail_s = (TAIL_S, TAIL_S) if same_length else TRAIN_TAIL_S
+            self.lengths_s = self.sort_by = durations_s
+            if same_length:
+                self.sort_by = self._rounded(durations_s + TAIL_S)
+        mean_s = np.minimum(self.lengths_s + sum(self.tail_s) / 2, window_s).mean()
+        rows_per_step = (batch_size or max(1, max_batch_seconds // mean_s)) * batches_per_step
+        self.pool_rows = int(rows_per_step * pool_steps)
         self.epoch = 0
+        self.steps_per_epoch = max(1, sum(1 for _ in itertools.takewhile(lambda step: step[0] == 0, self._steps())))
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.lengths)
+        return self.steps_per_epoch * self.batches_per_step
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
-        pools = order.split(self.batch_size * self.pool_batches)
-        batches = [
-            b for pool in pools for b in pool[self.lengths[pool].argsort(descending=True)].split(self.batch_size)
-        ]
-        # A short batch, if there is one, stays last, so that every other batch keeps its rows together.
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        drawn = [batches[i] for i in torch.randperm(len(batches), generator=generator)] + last
-        return iter(torch.cat(drawn).tolist())
+        first = self.epoch * self.steps_per_epoch
+        for _, padded_s, rows in itertools.islice(self._steps(), first, first + self.steps_per_epoch):
+            for batch in np.split(rows, self.batches_per_step):
+                yield [(row, padded_s) for row in batch.tolist()]
+
+    def _steps(self):
+        """Yields (number of the pass, padded seconds, the rows of all batches) of one step after the other."""
+        waiting, num_steps = np.empty(0, int), 0
+        phase = np.random.default_rng(self.seed).random()
+        for number in itertools.count():
+            generator = np.random.default_rng((self.seed, number))
+            order = generator.permutation(len(self.lengths_s))
+            for pool in np.split(order, range(self.pool_rows, len(order), self.pool_rows)):
+                steps, waiting = self._cut(np.concatenate([waiting, pool]))
+                for place in generator.permutation(len(steps)):
+                    rows = generator.permutation(steps[place])
+                    padded_s = self._padded_s(rows, generator.uniform(*self.tail_s))
+                    share = self.full_window_share
+                    if math.floor((num_steps + phase + 1) * share) > math.floor((num_steps + phase) * share):
+                        per_batch = max(1, int(len(rows) / self.batches_per_step * padded_s / self.window_s))
+                        rows, rest = np.split(rows, [per_batch * self.batches_per_step])
+                        waiting, padded_s = np.concatenate([waiting, rest]), self.window_s
+                    num_steps += 1
+                    yield number, padded_s, rows
+
+    def _cut(self, rows):
+        """Cuts rows, the longest first, into whole steps; returns these and the rows that are left."""
+        rows = rows[np.argsort(-self.sort_by[rows], kind="stable")]
+        steps, rest, start = [], [], 0
+        while start < len(rows):
+            longest_s = self._padded_s(rows[start : start + 1], self.tail_s[1])
+            size = (self.rows_per_batch or max(1, int(self.max_batch_seconds // longest_s))) * self.batches_per_step
+            step = rows[start : start + size]
+            if self.same_length:
+                step = step[self.sort_by[step] == self.sort_by[step[0]]]
+            (steps if len(step) == size else rest).append(step)
+            start += len(step)
+        return steps, np.concatenate([*rest, np.empty(0, int)])
+
+    def _padded_s(self, rows, tail_s):
+        return float(self._rounded(self.lengths_s[rows].max() + tail_s))
+
+    def _rounded(self, seconds):
+        if self.grid_s:
+            seconds = np.ceil(seconds / self.grid_s) * self.grid_s
+        return np.minimum(seconds, self.window_s)
 
 
 class LongestFirstSampler(torch.utils.data.Sampler):
-    """Draws every row once, the longest first: the least padding, and memory runs out at once or never."""
+    """Draws batches for evaluation, the longest rows first: the least padding, and memory runs out at once or never.
 
-    def __init__(self, lengths):
-        self.order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    Yields lists of (row number, seconds to pad the waveform to).
+
+    Args:
+        durations_s: list of float, seconds of each row.
+        window_s: seconds of the model's window.
+        batch_size: rows in a batch that fills the window.
+        encoder_window: `full` pads every row to the window; `auto` to its own length and a tail, and puts as many
+            rows into a batch as make the padded seconds of `batch_size` windows.
+    """
+
+    def __init__(self, durations_s, window_s, batch_size, encoder_window="full"):
+        self.batch_size = None
+        self.batches = []
+        order = sorted(range(len(durations_s)), key=lambda i: -durations_s[i])
+        while order:
+            padded_s = window_s if encoder_window == "full" else min(durations_s[order[0]] + TAIL_S, window_s)
+            size = min(int(batch_size * window_s / padded_s), MOST_EVAL_ROWS * batch_size)
+            self.batches.append([(row, padded_s) for row in order[:size]])
+            order = order[size:]
 
     def __len__(self):
-        return len(self.order)
+        return len(self.batches)
 
     def __iter__(self):
-        return iter(self.order)
+        return iter(self.batches)
+
+
+class StreamLength:
+    """Says for each row of a stream how far its batch is padded; see `LengthBatchSampler` for the settings.
+
+    A batch is as long as its longest row, so one row in `batch_size` times `1 / full_window_share` fills the window.
+    """
+
+    def __init__(self, window_s, batch_size, full_window_share, seed):
+        self.window_s, self.batch_size, self.share, self.seed = window_s, batch_size, full_window_share, seed
+
+    def __call__(self, row):
+        generator = np.random.default_rng((self.seed, row["row"]))
+        if generator.random() < self.share / self.batch_size:
+            return {**row, "padded_s": float(self.window_s)}
+        return {**row, "padded_s": min(row["duration_s"] + generator.uniform(*TRAIN_TAIL_S), self.window_s)}

@@ -2,12 +2,14 @@
 
 import collections
 import itertools
+import logging
 
 import numpy as np
 import torch
 
-from .batching import LongestFirstSampler, WhisperCollator
+from .batching import TAIL_S, LongestFirstSampler, WhisperCollator
 from .errors import UserError
+from .modeling import count_unfinished, token_bound
 
 FRAME_S = 0.02  # step at which loudness is measured
 SMOOTHING_FRAMES = 10  # loudness is averaged over 0.2 s: shorter gaps are stops inside a word, not pauses
@@ -15,16 +17,22 @@ MARGIN_FRAMES = 5  # 0.1 s kept around sound, so that no soft onset is cut off
 PAUSES_EQUAL_DB = 6.0
 SILENCE_DB = -90.0  # a recording that never rises above this, against full scale, holds nothing
 
+SORTED_BATCHES = 8  # pieces are sorted by length within so many batches
+
 TIMESTAMPS = ("pauses", "model")
 
+logger = logging.getLogger("hfspeech")
 
-def transcribe(model, processor, waveforms, batch_size=16, max_piece_s=None, timestamps="pauses", on_progress=None):
+
+def transcribe(
+    model, processor, waveforms, batch_size=16, max_piece_s=None, timestamps="pauses", encoder_window=None,
+    on_progress=None,
+):  # fmt: skip
     """Transcribes recordings of any length, with the times of what was said.
 
-    A recording is cut in pauses into pieces that fit the model's window, silence between them is left out, and each
-    piece is padded to the whole window, as stock inference pads a short recording. The pieces of all recordings share
-    batches and are decoded greedily as the model's generation config says. This works for every Whisper, also for one
-    that was tuned without timestamps.
+    A recording is cut in pauses into pieces that fit the model's window, silence between them is left out. Pieces of
+    like length share batches, whichever recording they come from, and are decoded greedily as the model's generation
+    config says. This works for every Whisper, also for one that was tuned without timestamps.
 
     Args:
         model: `WhisperForConditionalGeneration`, such as `load_for_inference` returns.
@@ -35,6 +43,9 @@ def transcribe(model, processor, waveforms, batch_size=16, max_piece_s=None, tim
         max_piece_s: longest piece in seconds. Default: the model's window.
         timestamps: `pauses`: one segment for each piece, its times taken from the sound; `model`: the timestamp
             tokens that the model writes inside each piece, for finer segments.
+        encoder_window: `full` pads every piece to the model's window, as stock inference does; `auto` pads a batch to
+            its longest piece, which is several times faster for short ones, but right only for a model that was
+            trained so. Default: how this model was trained.
         on_progress: callable that gets the seconds of audio done since its last call.
 
     Yields:
@@ -48,26 +59,36 @@ def transcribe(model, processor, waveforms, batch_size=16, max_piece_s=None, tim
     extractor = processor.feature_extractor
     rate = extractor.sampling_rate
     limit_s = min(max_piece_s or extractor.chunk_length, extractor.chunk_length)
-    recordings, queue = collections.deque(), collections.deque()
+    encoder_window = encoder_window or getattr(model.generation_config, "encoder_window", "full")
+    recordings, queue, num_unfinished = collections.deque(), [], 0
     for waveform in itertools.chain(waveforms, [None]):  # None: no more will come, so the queue is emptied
         if waveform is not None:
             spans = find_pieces(waveform, rate, limit_s)
-            done = []
+            done = [None] * len(spans)
             before = [0, *(end for _, end in spans)]
-            recordings.append((done, len(spans), len(waveform) - before[-1]))
-            queue.extend((done, start, waveform[start:end], end - last) for (start, end), last in zip(spans, before))
-        while len(queue) >= batch_size or (waveform is None and queue):
-            batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-            found = _transcribe_pieces(model, processor, [piece for _, _, piece, _ in batch], timestamps)
-            for (done, start, _, _), segments in zip(batch, found):
-                done.append([_shifted(segment, start / rate) for segment in segments if segment["text"]])
+            recordings.append((done, len(waveform) - before[-1]))
+            for place, ((start, end), last) in enumerate(zip(spans, before)):
+                queue.append((waveform[start:end], done, place, start, end - last))
+        if len(queue) < SORTED_BATCHES * batch_size and waveform is not None:
+            continue
+        queue.sort(key=lambda entry: -len(entry[0]))
+        while queue:
+            batch, queue = queue[:batch_size], queue[batch_size:]
+            found, unfinished = _transcribe_pieces(
+                model, processor, [piece for piece, *_ in batch], timestamps, encoder_window
+            )
+            num_unfinished += unfinished
+            for (_, done, place, start, _), segments in zip(batch, found):
+                done[place] = [_shifted(segment, start / rate) for segment in segments if segment["text"]]
             if on_progress:
                 on_progress(sum(samples for *_, samples in batch) / rate)
-        while recordings and len(recordings[0][0]) == recordings[0][1]:
-            done, _, silence = recordings.popleft()
+        while recordings and None not in recordings[0][0]:
+            done, silence = recordings.popleft()
             if on_progress and silence:
                 on_progress(silence / rate)
             yield [segment for segments in done for segment in segments]
+    if num_unfinished:
+        logger.warning("%d pieces were cut off at the number of tokens that their length allows", num_unfinished)
 
 
 def find_pieces(waveform, sampling_rate, max_piece_s):
@@ -111,21 +132,24 @@ def find_pieces(waveform, sampling_rate, max_piece_s):
 
 
 def evaluate_rows(
-    model, processor, dataset, compute_metrics, batch_size=32, on_bad_audio="error", num_workers=0, on_progress=None
-):
+    model, processor, dataset, compute_metrics, batch_size=32, on_bad_audio="error", num_workers=0,
+    encoder_window="full", on_progress=None,
+):  # fmt: skip
     """Transcribes every row of a dataset, the longest first, and scores what was recognised.
 
     A row that fits the model's window is decoded as the trainer decodes it; a longer one is cut in its pauses (see
-    `transcribe`), never cut off.
+    `transcribe`), never cut off. The score has the number of rows that were cut off at the number of tokens which
+    their length allows, as `unfinished`.
 
     Args:
         model, processor: as for `transcribe`.
         dataset: `SpeechDataset`.
         compute_metrics: callable from a list of rows (dicts of `text`, `prediction` and the dataset's columns) to a
             dict, such as `TranscriptScore`.
-        batch_size: rows decoded at once.
+        batch_size: rows decoded at once; unpadded, more short ones at the same cost.
         on_bad_audio: `error` or `skip`: what a row that cannot be decoded does.
         num_workers: processes that decode audio.
+        encoder_window: as for `transcribe`; `full` is what any other tool would find.
         on_progress: callable that gets the number of rows done since its last call.
 
     Returns:
@@ -136,14 +160,14 @@ def evaluate_rows(
         UserError: audio cannot be decoded and `on_bad_audio` is `error`, or no row is left.
     """
     on_progress = on_progress or (lambda rows: None)
+    window_s = processor.feature_extractor.chunk_length
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=LongestFirstSampler(dataset.column("duration_s")),
+        batch_sampler=LongestFirstSampler(dataset.column("duration_s"), window_s, batch_size, encoder_window),
         collate_fn=_EvaluationCollator(processor),
         num_workers=num_workers,
     )
-    texts, long_rows, bad_audio = {}, [], []
+    texts, long_rows, bad_audio, num_unfinished = {}, [], [], 0
     for batch in loader:
         if batch["fatal"]:
             raise UserError(batch["fatal"][0])
@@ -153,18 +177,21 @@ def evaluate_rows(
             bad_audio.append(sentence)
         long_rows += batch["long"]
         if batch["index"]:
-            tokens = _generate(model, batch["input_features"])
+            tokens, unfinished = _generate(model, processor, batch["input_features"], batch["longest_s"])
+            num_unfinished += unfinished
             decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             texts.update(zip(batch["index"], (text.strip() for text in decoded)))
         on_progress(len(batch["index"]) + len(batch["bad_audio"]))
     waveforms = (dataset[index]["waveform"] for index in long_rows)
-    for index, segments in zip(long_rows, transcribe(model, processor, waveforms, batch_size)):
+    for index, segments in zip(
+        long_rows, transcribe(model, processor, waveforms, batch_size, encoder_window=encoder_window)
+    ):
         texts[index] = joined(segments)
         on_progress(1)
     rows = [{**dataset.record(index), "prediction": text} for index, text in sorted(texts.items())]
     if not rows:
         raise UserError(f"Nothing is left to evaluate: every row is unreadable, the first one is: {bad_audio[0]}.")
-    return compute_metrics(rows), rows, bad_audio
+    return {**compute_metrics(rows), "unfinished": num_unfinished}, rows, bad_audio
 
 
 def joined(segments):
@@ -182,27 +209,32 @@ class _EvaluationCollator:
     def __call__(self, rows):
         good = [row for row in rows if row["waveform"] is not None]
         short = [row for row in good if len(row["waveform"]) <= self.max_samples]
+        waveforms, padded_s = [row["waveform"] for row in short], max((row["padded_s"] for row in rows), default=None)
         return {
             "index": [row["index"] for row in short],
-            "input_features": self.collator.features([row["waveform"] for row in short]) if short else None,
+            "input_features": self.collator.features(waveforms, padded_s) if short else None,
+            "longest_s": max((row["duration_s"] for row in short), default=0.0),
             "long": [row["index"] for row in good if len(row["waveform"]) > self.max_samples],
             "bad_audio": [row["bad_audio"] for row in rows if row.get("bad_audio")],
             "fatal": [row["fatal"] for row in rows if row.get("fatal")],
         }
 
 
-def _transcribe_pieces(model, processor, pieces, timestamps):
-    """Returns the segments of each piece, their times counted from the piece's beginning."""
+def _transcribe_pieces(model, processor, pieces, timestamps, encoder_window):
+    """Returns the segments of each piece, their times counted from the piece's beginning, and how many were cut off."""
     rate = processor.feature_extractor.sampling_rate
     decode = processor.tokenizer.decode
-    features = WhisperCollator(processor).features(pieces)
     durations = [len(piece) / rate for piece in pieces]
+    longest_s = max(durations)
+    features = WhisperCollator(processor).features(pieces, longest_s + TAIL_S if encoder_window == "auto" else None)
     if timestamps == "pauses":
-        texts = [decode(tokens, skip_special_tokens=True).strip() for tokens in _generate(model, features)]
-        return [[{"start_s": 0.0, "end_s": end, "text": text}] for end, text in zip(durations, texts)]
-    found = _generate(model, features, return_timestamps=True, return_segments=True)["segments"]
+        tokens, unfinished = _generate(model, processor, features, longest_s)
+        texts = [decode(row, skip_special_tokens=True).strip() for row in tokens]
+        segments = [[{"start_s": 0.0, "end_s": end, "text": text}] for end, text in zip(durations, texts)]
+        return segments, unfinished
+    found, unfinished = _generate(model, processor, features, longest_s, return_timestamps=True, return_segments=True)
     # The window is padded, so a timestamp may lie behind the end of the piece.
-    return [
+    segments = [
         [
             {
                 "start_s": min(float(segment["start"]), duration),
@@ -211,15 +243,21 @@ def _transcribe_pieces(model, processor, pieces, timestamps):
             }
             for segment in segments
         ]
-        for segments, duration in zip(found, durations)
+        for segments, duration in zip(found["segments"], durations)
     ]
+    return segments, unfinished
 
 
 @torch.no_grad()
-def _generate(model, features, **options):
-    # Without max_length a generation config that does not say would stop after 20 tokens.
-    limit = model.config.max_target_positions
-    return model.generate(features.to(model.device, model.dtype), max_length=limit, **options)
+def _generate(model, processor, features, longest_s, **options):
+    """Returns what `generate` makes of a batch, and how many of its rows reached the bound on their tokens."""
+    # Encoded here, because generate pads short features with zeros, which are loud; and once also where the language
+    # has to be guessed.
+    encoded = model.model.encoder(features.to(model.device, model.dtype))
+    bound = token_bound(longest_s, model.config)
+    found = model.generate(encoder_outputs=encoded, max_new_tokens=bound, **options)
+    tokens = found["sequences"] if options.get("return_segments") else found
+    return found, count_unfinished(tokens, bound, processor.tokenizer.eos_token_id)
 
 
 def _shifted(segment, seconds):

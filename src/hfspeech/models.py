@@ -10,6 +10,7 @@ from transformers import AutoConfig, GenerationConfig, WhisperForConditionalGene
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from .errors import UserError, nearest
+from .modeling import make_fast
 
 ADAPTER_CONFIG = "adapter_config.json"
 MULTILINGUAL_VOCABULARY = 51865  # the English-only checkpoints have 51,864 tokens
@@ -56,6 +57,7 @@ def load_whisper(model_args):
             )
         model.generation_config = _generation_config(source, revision, config, processor)
         model.hub_commit = _hub_commit(source, revision)
+    make_fast(model)
     model.encoder_stays_frozen = model_args.freeze_encoder
     set_language(model, processor, model_args.language, model_args.task, model_args.timestamps)
     if model_args.freeze_encoder:
@@ -96,6 +98,7 @@ def load_for_inference(name_or_path, revision="main", language=None, task=None):
         place = (source, revision) if _has(source, "generation_config.json", revision) else (base, base_revision)
         model.generation_config = _generation_config(*place, config, processor)
         model.hub_commit = _hub_commit(source, revision, ADAPTER_CONFIG if adapter else "config.json")
+    make_fast(model)
     generation = model.generation_config
     if language or task:
         language = language or getattr(generation, "language", None)
@@ -124,7 +127,9 @@ def add_lora(model, lora_args):
 
     targets = lora_args.lora_target_modules
     if {"conv1", "conv2"} & set(targets):  # Whisper's forward asks them for their stride, which peft's layer hides
-        raise UserError("--lora_target_modules: conv1 and conv2 cannot be adapted; leave them out, or take all-linear.")
+        raise UserError(
+            "--lora_target_modules: conv1 and conv2 cannot be adapted; leave them out, or take all-linear."
+        )
     # No task_type: SEQ_2_SEQ_LM would pass input_ids, which Whisper's forward does not take.
     config = peft.LoraConfig(
         r=lora_args.lora_r,

@@ -19,10 +19,11 @@ from .arguments import (
     read_arguments_file,
 )
 from .augment import augment
-from .batching import WhisperCollator
+from .batching import TRAIN_TAIL_S, WhisperCollator
 from .data import load_speech
 from .errors import UserError
 from .metrics import TranscriptScore
+from .modeling import decoder_input_ids
 from .models import add_lora, enough_memory, load_whisper, quiet_transformers, whisper_of
 from .runs import RUN_FILE, claim_folder, peak_rss_bytes, require_space
 from .text import label_ids
@@ -105,6 +106,7 @@ def check(arguments_file, flags=(), overfit=False):
             compute_metrics=TranscriptScore(processor, data_args.group_columns, train_args.normalizer),
             processing_class=processor,
         )
+        trainer.choose_max_batch_seconds()
         batch = next(iter(trainer.get_train_dataloader()))
         _show_batch(trainer, batch)
         worst = _check_labels(trainer, train, collator) if has_length(train) else batch
@@ -138,7 +140,7 @@ def _show_batch(trainer, batch):
     tokenizer = trainer.processing_class.tokenizer
     shape = "×".join(str(size) for size in batch["input_features"].shape)
     _passed("batch", f"features {shape}; the decoder reads, and is to write:")
-    inputs = trainer._decoder_input_ids(batch["labels"])
+    inputs = decoder_input_ids(whisper_of(trainer.model).config, batch["labels"])
     for read, written in list(zip(inputs, batch["labels"]))[:SHOWN_ROWS]:
         written = written[written != -100]
         print(f"      reads   {_spelled(tokenizer, read[: len(written)])}")
@@ -164,9 +166,14 @@ def _check_labels(trainer, dataset, collator):
             f"leave it out or split it; it begins {texts[longest][:60]!r}."
         )
     _passed("labels", f"the longest has {lengths[longest]} tokens; the model takes {limit}")
-    batch_size = trainer.args.per_device_train_batch_size
-    batch = collator([dataset[index] for index in sorted(lengths, key=lengths.get, reverse=True)[:batch_size]])
-    return batch if "labels" in batch else None
+    wordy = sorted(lengths, key=lengths.get, reverse=True)
+    padded_s = min(
+        max(durations_s[index] for index in wordy) + TRAIN_TAIL_S[1],
+        trainer.processing_class.feature_extractor.chunk_length,
+    )
+    seconds = trainer.max_batch_seconds
+    batch_size = max(1, int(seconds // padded_s)) if seconds else trainer.args.per_device_train_batch_size
+    return collator([dataset[index, padded_s] for index in wordy[:batch_size]])
 
 
 def _estimate(trainer, batch, worst, speech):
@@ -182,11 +189,11 @@ def _estimate(trainer, batch, worst, speech):
     started = time.perf_counter()
     _train_step(trainer, batch)
     step_s = (time.perf_counter() - started) * args.gradient_accumulation_steps
-    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    global_batch = len(batch["index"]) * args.gradient_accumulation_steps
     if args.max_steps > 0:
         steps = args.max_steps
     else:
-        steps = math.ceil(len(train) / global_batch * args.num_train_epochs)
+        steps = math.ceil(trainer.train_sampler.steps_per_epoch * args.num_train_epochs)
 
     validation = speech["validation"]
     sample = validation.select(range(min(args.per_device_eval_batch_size, len(validation))))
@@ -196,7 +203,7 @@ def _estimate(trainer, batch, worst, speech):
     every = {"steps": args.eval_steps if args.eval_steps >= 1 else args.eval_steps * steps, "epoch": None, "no": None}
     evaluations = steps // every[args.eval_strategy] if every.get(args.eval_strategy) else 0
     if args.eval_strategy == "epoch":
-        evaluations = math.ceil(steps * global_batch / len(train)) if has_length(train) else 1
+        evaluations = math.ceil(steps / trainer.train_sampler.steps_per_epoch) if has_length(train) else 1
     evaluations += bool(args.eval_on_start)
     measured_twice = sum(len(rows) for name, rows in speech.items() if name in ("test", "retention"))
     evaluation_s = row_s * (evaluations * len(validation) + 2 * measured_twice)

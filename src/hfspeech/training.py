@@ -1,5 +1,6 @@
-"""`SpeechTrainer`: transformers' own Seq2SeqTrainer with the loss, the evaluation and the resuming put right."""
+"""`SpeechTrainer`: transformers' own Seq2SeqTrainer, fast, with the loss, the evaluation and the resuming put right."""
 
+import functools
 import json
 import logging
 import math
@@ -11,18 +12,27 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import safetensors
 import torch
 from accelerate.utils import gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.modeling_whisper import shift_tokens_right
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .batching import LengthBucketSampler, LongestFirstSampler
+from .batching import (
+    COMPILED_LABELS,
+    COMPILED_LENGTHS,
+    TRAIN_TAIL_S,
+    LengthBatchSampler,
+    LongestFirstSampler,
+    StreamLength,
+)
 from .errors import Interrupted, UserError
+from .hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
+from .modeling import EncoderOutputs, count_unfinished, decoder_input_ids, token_bound, token_losses
 from .models import is_quantized, whisper_of
 from .runs import RESULTS_FILE, environment, peak_rss_bytes, read_json, require_space, write_json, write_jsonl, writing
 
@@ -30,6 +40,9 @@ _LOGGED = ("loss", "wer", "cer")
 PREDICTIONS_FILE = "predictions.jsonl"
 PROGRESS_FILE = "progress.json"
 ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
+MOST_BATCH_SECONDS = 3600.0  # a larger step is no faster on any GPU, and makes too few of them
+CACHED_LENGTHS = 32  # rows of a frozen encoder are rounded up to one of so many lengths, and meet only their like
+CACHE_SHARE_OF_MEMORY = 0.5  # of the memory that is free when training begins
 
 logger = logging.getLogger("hfspeech")
 
@@ -40,7 +53,9 @@ class SpeechTrainer(Seq2SeqTrainer):
     What differs from `Seq2SeqTrainer`:
     - the loss is the mean over all target tokens of one optimizer step, whatever the accumulation and the number of
       processes (transformers inflates it by both for Whisper, transformers#47688);
-    - training batches are of like length, evaluation runs from the longest row to the shortest;
+    - training batches are of like length and padded no further than they need (`encoder_window`), evaluation runs from
+      the longest row to the shortest;
+    - the loss makes logits of target tokens only; what a frozen encoder says of a row is remembered;
     - evaluation encodes once, for the loss and for `generate`, and counts each row once under several processes;
     - `train_or_resume` goes on by itself, and Ctrl-C or SIGTERM saves a checkpoint first;
     - `measure` keeps what it found in `results.json` and `predictions.jsonl` as soon as it is known.
@@ -70,6 +85,30 @@ class SpeechTrainer(Seq2SeqTrainer):
                 f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a whole checkpoint: leave the flag out to "
                 "go on from the last whole one."
             )
+        if train_dataset is not None and not has_length(train_dataset):
+            if args.max_batch_seconds:
+                raise UserError(
+                    "--max_batch_seconds needs rows whose lengths are known before they are read, and a stream's are "
+                    "not: give --per_device_train_batch_size instead."
+                )
+            if args.encoder_window == "auto":
+                window_s, share = processing_class.feature_extractor.chunk_length, args.full_window_share
+                length = StreamLength(window_s, args.per_device_train_batch_size, share, args.seed)
+                train_dataset = train_dataset.map(length)
+        self.encoder_outputs = self._plan_encoder_outputs(model, args, train_dataset)
+        if args.precision_is_open:
+            is_faster, reason = can_train_in_bf16(whisper_of(model).config.d_model)
+            args.bf16, args.mixed_precision = is_faster, "bf16" if is_faster else args.mixed_precision
+            args.choices.append(reason)
+        if args.device.type == "cpu":
+            keep_freed_memory()
+        if args.encoder_window == "auto":
+            whisper_of(model).generation_config.encoder_window = "auto"  # for whoever transcribes with it
+        data_collator.pad_labels_to_multiple_of = COMPILED_LABELS if args.torch_compile else 1
+        if args.max_batch_seconds == "auto" and args.device.type == "cpu":
+            raise UserError("--max_batch_seconds auto needs a GPU to fill: give a number of seconds, such as 80.")
+        self.max_batch_seconds = None if args.max_batch_seconds == "auto" else args.max_batch_seconds
+        self.measured_window = "full"
         self.stop_request = _StopRequest()
         callbacks = [_SpeechCallback(self)]
         if args.early_stopping_patience is not None:
@@ -111,12 +150,9 @@ class SpeechTrainer(Seq2SeqTrainer):
         """
         self._account(inputs)
         labels = inputs["labels"]
-        logits = model(
-            input_features=inputs["input_features"],
-            decoder_input_ids=self._decoder_input_ids(labels),
-            use_cache=False,
-        ).logits
-        loss = _cross_entropy(logits, labels, self.args.label_smoothing_factor).sum()
+        loss = model(
+            **self._encoder_inputs(inputs), labels=labels, label_smoothing=self.args.label_smoothing_factor
+        ).loss
         if num_items_in_batch is None:
             num_items_in_batch, scale = labels.ne(-100).sum(), 1
         else:
@@ -124,9 +160,37 @@ class SpeechTrainer(Seq2SeqTrainer):
         # No tokens at all: every row of the step was left out, and nothing is to be learnt from it.
         return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * scale
 
-    def _decoder_input_ids(self, labels):
-        config = whisper_of(self.accelerator.unwrap_model(self.model)).config
-        return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    def _encoder_inputs(self, batch):
+        """Returns the features, or what the frozen encoder makes of them, or made of them in an earlier pass."""
+        features, index = batch.get("input_features"), batch["index"]
+        if self.encoder_outputs is None or not index:
+            return {"input_features": features}
+        with torch.no_grad(), self.accelerator.autocast():
+            encoder = whisper_of(self.accelerator.unwrap_model(self.model)).model.encoder
+            new = None if features is None else encoder(features).last_hidden_state
+        if self.accelerator.mixed_precision == "bf16" and new is not None:
+            new = new.bfloat16()  # the decoder's projections round it in any case
+        keys = [(row, batch["padded_s"]) for row in index]
+        outputs = self.encoder_outputs.batch(keys, batch["is_encoded"], new, self.args.device)
+        return {"encoder_outputs": BaseModelOutput(outputs)}
+
+    @staticmethod
+    def _plan_encoder_outputs(model, args, train_dataset):
+        """Returns an empty `EncoderOutputs`, or None where the encoder's output of a row may change."""
+        config = whisper_of(model).config
+        may_change = (
+            any(p.requires_grad for p in whisper_of(model).model.encoder.parameters())
+            or getattr(train_dataset, "transforms", True)  # a stream is not read twice in the same order
+            or config.apply_spec_augment
+            or max(config.dropout, config.attention_dropout, config.activation_dropout, config.encoder_layerdrop) > 0
+        )
+        if not args.cache_encoder_outputs or may_change:
+            return None
+        num_bytes = psutil.virtual_memory().available * CACHE_SHARE_OF_MEMORY / max(1, args.world_size)
+        args.choices.append(
+            f"the encoder runs once for each row: it is frozen (up to {num_bytes / 2**30:.1f} GB of memory)"
+        )
+        return EncoderOutputs(num_bytes)
 
     def _account(self, batch):
         """Adds up the audio trained on, and stops at a broken recording or remembers it."""
@@ -146,17 +210,47 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     # Batches
 
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def get_train_dataloader(self):
+        dataset, args = self.train_dataset, self.args
         if not has_length(dataset):
-            return None
-        global_batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.train_sampler = LengthBucketSampler(dataset.column("duration_s"), global_batch, seed)
-        return self.train_sampler
+            return super().get_train_dataloader()
+        self.train_sampler = LengthBatchSampler(
+            dataset.column("duration_s"),
+            self.processing_class.feature_extractor.chunk_length,
+            batch_size=None if self.max_batch_seconds else self._train_batch_size,
+            max_batch_seconds=self.max_batch_seconds,
+            encoder_window=args.encoder_window,
+            full_window_share=args.full_window_share,
+            batches_per_step=args.world_size * args.gradient_accumulation_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            num_lengths=CACHED_LENGTHS if self.encoder_outputs else COMPILED_LENGTHS if args.torch_compile else None,
+            same_length=self.encoder_outputs is not None,
+        )
+        return self._dataloader(dataset, self.train_sampler)
 
-    def _get_eval_sampler(self, eval_dataset):
-        return LongestFirstSampler(eval_dataset.column("duration_s")) if has_length(eval_dataset) else None
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        window_s = self.processing_class.feature_extractor.chunk_length
+        durations_s, batch_size = dataset.column("duration_s"), self.args.eval_batch_size
+        # Before its first step a model may know nothing but the full window.
+        is_tuned = self.is_in_train and self.state.global_step > 0
+        encoder_window = self.args.encoder_window if is_tuned else self.measured_window
+        return self._dataloader(dataset, LongestFirstSampler(durations_s, window_s, batch_size, encoder_window))
+
+    def _dataloader(self, dataset, batch_sampler):
+        args = self.args
+        worker_init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=worker_init,
+        )
+        return self.accelerator.prepare(loader)
 
     # Evaluation
 
@@ -179,32 +273,41 @@ class SpeechTrainer(Seq2SeqTrainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         whisper = whisper_of(model)
         tokenizer = self.processing_class.tokenizer
-        # Without max_length a generation config that does not say would stop after 20 tokens.
-        options = {"max_length": self.args.generation_max_length or whisper.config.max_target_positions}
+        options = {"cache_implementation": self.args.generation_cache_implementation}
         if self.args.generation_num_beams:
             options["num_beams"] = self.args.generation_num_beams
         self.callback_handler.eval_dataloader = dataloader  # for the length of the progress bar
-        found = []
+        found, num_unfinished = [], 0
         for batch in dataloader:
             self._account(batch)
+            if not batch["index"]:  # no good row; training has to take its step even so
+                continue
             features = batch["input_features"].to(self.args.device, whisper.dtype)
             labels = batch["labels"].to(self.args.device)
+            bound = self.args.generation_max_length or token_bound(max(batch["duration_s"]), whisper.config)
             with torch.no_grad(), self.accelerator.autocast():
-                encoded = whisper.model.encoder(features).last_hidden_state
-                logits = whisper(
-                    encoder_outputs=BaseModelOutput(encoded), decoder_input_ids=self._decoder_input_ids(labels)
-                ).logits
-                tokens = whisper.generate(encoder_outputs=BaseModelOutput(encoded), **options)
+                encoded = BaseModelOutput(whisper.model.encoder(features).last_hidden_state)
+                hidden = whisper.model(
+                    encoder_outputs=encoded,
+                    decoder_input_ids=decoder_input_ids(whisper.config, labels),
+                    use_cache=False,
+                ).last_hidden_state
+                losses_of_tokens = token_losses(whisper.proj_out, hidden, labels)
+                tokens = whisper.generate(encoder_outputs=encoded, max_new_tokens=bound, **options)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            losses = _cross_entropy(logits, labels).sum(dim=1).tolist()
+            num_unfinished += count_unfinished(tokens, bound, tokenizer.eos_token_id)
+            rows_of_tokens = labels.ne(-100).nonzero()[:, 0]
+            losses = (
+                torch.zeros(len(labels), device=labels.device).index_add(0, rows_of_tokens, losses_of_tokens).tolist()
+            )
             counts = labels.ne(-100).sum(dim=1).tolist()
-            # A batch without a good row is a moment of silence, which zip leaves out here: it has no index.
             found += zip(batch["index"], texts, losses, counts)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             if self.stop_request.received and self.args.world_size == 1:
                 raise KeyboardInterrupt
-        # Processes pad the last batch with rows of the first: the index keeps one of each.
+        # The index keeps one of each row, should two processes have had it.
         by_index = {index: rest for index, *rest in gather_object(found)}
+        num_unfinished = sum(gather_object([num_unfinished]))
         rows = [
             {**dataloader.dataset.record(index), "prediction": text.strip()}
             for index, (text, _, _) in sorted(by_index.items())
@@ -214,18 +317,23 @@ class SpeechTrainer(Seq2SeqTrainer):
         if self._stop_is_asked() and not self.is_in_train:  # training stops after its next step
             raise KeyboardInterrupt
         loss = sum(loss for _, loss, _ in by_index.values()) / sum(count for *_, count in by_index.values())
-        return {"loss": loss, **self.compute_metrics(rows)}, rows
+        return {"loss": loss, "unfinished": num_unfinished, **self.compute_metrics(rows)}, rows
 
     def measure(self, when, speech):
         """Scores the test rows, and those of the old condition, `before` or `after` training.
 
-        What it finds goes into `results.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`.
+        The rows are padded to the whole window, as any stock tool does it; a model trained with `encoder_window` auto
+        is also scored unpadded `after`, as `hfspeech transcribe` does it (`after.unpadded`). What is found goes into
+        `results.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with `eval_on_start`
+        off there is none.
 
         Args:
             when: `before` or `after`.
             speech: what `load_speech` returned.
         """
         self._require_same_data(speech)
+        if when == "before" and not self.args.eval_on_start:
+            return
         for split in ("test", "retention"):
             place = self.results if split == "test" else self.results.setdefault("retention", {})
             if split not in speech or (when == "before" and when in place):
@@ -233,7 +341,12 @@ class SpeechTrainer(Seq2SeqTrainer):
             logger.info("Measuring %s rows %s training", split, when)
             with self._stoppable():
                 self.evaluate(speech[split], metric_key_prefix=f"{when}_{split}")
-            place[when], rows = self.last_evaluation
+                place[when], rows = self.last_evaluation
+                if when == "after" and self.args.encoder_window == "auto":
+                    self.measured_window = "auto"
+                    self.evaluate(speech[split], metric_key_prefix=f"{when}_{split}_unpadded")
+                    self.measured_window = "full"
+                    place[when]["unpadded"] = self.last_evaluation[0]
             for row in rows:
                 entry = self.predictions.setdefault((split, row["index"]), {"set": split})
                 entry |= {k: v for k, v in row.items() if k != "prediction" and v is not None}
@@ -310,6 +423,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         if checkpoint:
             logger.info("Going on from %s", checkpoint)
             self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
+            self.max_batch_seconds = self._progress.get("max_batch_seconds")
+        self.choose_max_batch_seconds()
         self._started, self._evaluation_seconds = time.time(), 0.0
         with self._stoppable(), writing(self.args.output_dir):
             try:
@@ -325,6 +440,56 @@ class SpeechTrainer(Seq2SeqTrainer):
                 f"is saved in {self.args.output_dir}. Run the same command again to go on."
             )
         self._record_training(self._progress_now())
+
+    def choose_max_batch_seconds(self):
+        """Finds how many seconds of padded audio fit on every process's GPU in one training step, if that is asked.
+
+        Raises:
+            UserError: there is no room for a single row.
+        """
+        if self.args.max_batch_seconds != "auto":
+            self.max_batch_seconds = self.args.max_batch_seconds
+            return
+        self.max_batch_seconds = self.max_batch_seconds or self._find_max_batch_seconds()
+        self.args.choices.append(f"batches of {self.max_batch_seconds:.0f} s: the most that fits on the GPU")
+        logger.info(self.args.choices[-1])
+
+    def _find_max_batch_seconds(self):
+        durations_s = self.train_dataset.column("duration_s")
+        by_length = sorted(range(len(durations_s)), key=lambda i: durations_s[i])
+        # For the same seconds, long rows have most positions to attend to and short ones most text.
+        longest, median = by_length[-1], by_length[len(by_length) // 2]
+        rows = [self.train_dataset[row, durations_s[row] + TRAIN_TAIL_S[1]] for row in (longest, median)]
+        batches = [batch for batch in (self.data_collator([row]) for row in rows) if batch["index"]]
+        if not batches:
+            raise UserError(f"{rows[0]['bad_audio']}. Give --max_batch_seconds a number of seconds instead.")
+        first = max(batch["padded_s"] for batch in batches)
+        found = most_seconds_that_fit(
+            lambda seconds: [self._try_step(batch, int(seconds // batch["padded_s"])) for batch in batches],
+            first,
+            MOST_BATCH_SECONDS,
+        )
+        if self.args.world_size > 1:
+            found = gather(torch.tensor([found or 0.0], device=self.args.device)).min().item()
+        if not found:
+            raise UserError(
+                "The GPU has no room for a single row: lower --max_duration_in_seconds, or take a smaller model or LoRA."
+            )
+        return found
+
+    def _try_step(self, batch, num_rows):
+        """Runs one batch, its row repeated, forth and back, with room taken for the optimizer; changes nothing."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer_bytes = ADAM_BYTES_PER_PARAMETER * sum(p.numel() for p in trained)
+        reserved = torch.empty(optimizer_bytes, dtype=torch.uint8, device=self.args.device)
+        features, labels = (
+            batch[name].to(self.args.device).repeat(num_rows, *[1] * (batch[name].dim() - 1))
+            for name in ("input_features", "labels")
+        )
+        with torch.random.fork_rng(), self.accelerator.autocast():
+            self.model.train()(input_features=features, labels=labels).loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        del reserved
 
     def _record_training(self, progress):
         """Puts what training took into the results, at once, so that nothing that follows can lose it."""
@@ -352,6 +517,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         return {
             "seconds": self._progress["seconds"] + time.time() - self._started - self._evaluation_seconds,
             "audio_seconds": self.accelerator.reduce(audio, "sum").item(),
+            "max_batch_seconds": self.max_batch_seconds,
         }
 
     def _load_finished(self, checkpoint):
@@ -437,9 +603,12 @@ class _SpeechCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
-        for holder in (getattr(self.trainer, "train_sampler", None), self.trainer.train_dataset):
+        trainer = self.trainer
+        for holder in (getattr(trainer, "train_sampler", None), trainer.train_dataset):
             if hasattr(holder, "set_epoch"):
                 holder.set_epoch(epoch)
+        if trainer.encoder_outputs is not None:
+            trainer.train_dataset.skip_audio_of(trainer.encoder_outputs.keys())
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._stop_is_asked():
@@ -501,13 +670,6 @@ def is_whole_checkpoint(folder):
     except (OSError, ValueError, safetensors.SafetensorError):
         return False
     return any(path.exists() for path in weights) and zipfile.is_zipfile(folder / "optimizer.pt")
-
-
-def _cross_entropy(logits, labels, label_smoothing=0.0):
-    """Returns the cross-entropy of each target token, (batch, tokens) float32, 0 where the label is -100."""
-    return torch.nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), labels, reduction="none", label_smoothing=label_smoothing
-    )
 
 
 def _read_predictions(path):

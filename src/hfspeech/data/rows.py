@@ -33,7 +33,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     `dataset[i]` gives a dict with `index` (i), `epoch`, `id`, `text`, `speaker` (or None), `duration_s`, `dataset`,
     `split`, `offset_s` (or None for a whole recording), `row` (its number in the source, from 1), the group columns,
-    and `waveform` (float32, 16 kHz, mono). Where the audio cannot be used, `waveform` is None and `bad_audio` says why
+    and `waveform` (float32, 16 kHz, mono). `dataset[i, seconds]` gives the same row with `padded_s`, the seconds that its
+    waveform is to be padded to. Where the audio cannot be used, `waveform` is None and `bad_audio` says why
     and in which row; where nothing could be (FFmpeg is missing), `fatal` has the sentence that ends the run.
 
     Args:
@@ -47,16 +48,29 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.transforms = list(transforms)
         self.account = account or {}
         self.epoch = 0
+        self.encoded = frozenset()
 
     def set_epoch(self, epoch):
         """Tells the transforms, through each row's `epoch`, which pass over the rows this is."""
         self.epoch = epoch
 
+    def skip_audio_of(self, keys):
+        """Leaves out the waveforms of rows whose encoder output is known: they get `is_encoded` instead.
+
+        Args:
+            keys: set of (row number, seconds to pad the waveform to), as they are asked for.
+        """
+        self.encoded = keys
+
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index):
-        row = {"index": int(index), "epoch": self.epoch, **self.rows[int(index)]}
+    def __getitem__(self, key):
+        index, padded_s = key if isinstance(key, tuple) else (key, None)
+        row = {"index": int(index), "epoch": self.epoch, "padded_s": padded_s, **self.rows[int(index)]}
+        if key in self.encoded:
+            del row["audio"]
+            return {**row, "waveform": None, "is_encoded": True}
         decode_row(row)
         if row["waveform"] is not None:
             for transform in self.transforms:

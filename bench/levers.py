@@ -1,0 +1,49 @@
+"""What makes training fast, one lever at a time: each entry takes one of them away, to see what it was worth."""
+
+# Levers that have a setting: name → the settings that take it away.
+SETTINGS = {
+    "encoder_window": {"encoder_window": "full"},
+    "full_window_share": {"full_window_share": 0.0},  # not a lever but a price: it is gained by leaving it away
+    "bf16": {"bf16": False},
+    "fused_adamw": {"optim": "adamw_torch"},
+    "sdpa": {"attn_implementation": "eager"},
+    "workers": {"dataloader_num_workers": 0},
+}
+# The same for LoRA under a frozen encoder.
+LORA_SETTINGS = {
+    "encoder_outputs": {"cache_encoder_outputs": False},
+    "frozen_encoder": {"freeze_encoder": False},
+}
+
+
+def _allocator():
+    """The C library hands freed memory back to the system and fetches it anew."""
+    import hfspeech.training
+
+    _require(hfspeech.training, "keep_freed_memory")
+    hfspeech.training.keep_freed_memory = lambda: None
+
+
+def _target_tokens():
+    """Logits and losses of every position, and all at once."""
+    import torch
+
+    import hfspeech.modeling
+
+    def token_losses(head, hidden, labels, label_smoothing=0.0):
+        losses = torch.nn.functional.cross_entropy(
+            head(hidden).float().transpose(1, 2), labels, reduction="none", label_smoothing=label_smoothing
+        )
+        return losses[labels != -100]
+
+    _require(hfspeech.modeling, "token_losses")
+    hfspeech.modeling.token_losses = token_losses
+
+
+def _require(module, name):
+    if not hasattr(module, name):
+        raise SystemExit(f"{module.__name__} has no {name} any more: bring bench/levers.py up to date.")
+
+
+# Levers without a setting: name → what replaces it inside the library, before the recipe starts.
+PATCHES = {"allocator": _allocator, "target_tokens": _target_tokens}

@@ -1,0 +1,161 @@
+"""What is changed inside a Whisper to make it fast; its class, its weights and their names stay transformers' own."""
+
+import inspect
+import math
+import types
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.whisper.modeling_whisper import (
+    WhisperEncoder,
+    WhisperForConditionalGeneration,
+    shift_tokens_right,
+)
+
+# Target tokens whose logits are held at once: 1,024 of them are 212 MB at Whisper's vocabulary of 51,865.
+CHUNK_TOKENS = 1024
+# More tokens than speech of this length has in any script: a text that has more is a loop.
+BOUND_TOKENS_PER_SECOND, BOUND_TOKENS = 25, 20
+PROMPT_TOKENS = 4  # start, language, task, no timestamps
+
+
+class VariableLengthEncoder(WhisperEncoder):
+    """Whisper's encoder for any even number of frames up to its window, at the cost of what it is given.
+
+    transformers' own insists on the full window. The position embeddings are sinusoids counted from the beginning, so
+    those of a shorter input are the first ones. At the full window this is transformers' own forward.
+
+    forward takes `input_features`, (batch, num_mel_bins, frames) float, and returns a `BaseModelOutput` whose
+    `last_hidden_state` is (batch, frames / 2, d_model).
+    """
+
+    def forward(self, input_features, attention_mask=None, **kwargs):
+        positions = input_features.shape[-1] // 2
+        if positions == self.config.max_source_positions:
+            return super().forward(input_features, attention_mask, **kwargs)
+        hidden = functional.gelu(self.conv1(input_features))
+        hidden = functional.gelu(self.conv2(hidden)).permute(0, 2, 1)
+        hidden = hidden + self.embed_positions.weight[:positions]
+        hidden = functional.dropout(hidden, p=self.dropout, training=self.training)
+        for layer in self.layers:
+            if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
+                hidden = layer(hidden, None, **kwargs)
+        return BaseModelOutput(self.layer_norm(hidden))
+
+
+def make_fast(model):
+    """Gives one `WhisperForConditionalGeneration` the encoder for any length, and a loss that skips the padding.
+
+    Called with `labels`, the model then returns a `Seq2SeqLMOutput` without logits whose `loss` is the cross-entropy
+    *summed* over the target tokens; `label_smoothing` is accepted beside. Without `labels` nothing is changed. Both
+    hold for this instance only, so that what it saves is stock.
+
+    Args:
+        model: `WhisperForConditionalGeneration`.
+
+    Returns:
+        The model.
+    """
+    model.forward = types.MethodType(_forward, model)
+    model.model.encoder.__class__ = VariableLengthEncoder
+    return model
+
+
+def _forward(self, *args, labels=None, label_smoothing=0.0, **kwargs):
+    if labels is None:
+        return WhisperForConditionalGeneration.forward(self, *args, **kwargs)
+    read = decoder_input_ids(self.config, labels)
+    hidden = self.model(*args, decoder_input_ids=read, use_cache=False, **kwargs).last_hidden_state
+    return Seq2SeqLMOutput(loss=token_losses(self.proj_out, hidden, labels, label_smoothing).sum())
+
+
+# generate looks at the names of the arguments.
+_forward.__signature__ = inspect.signature(WhisperForConditionalGeneration.forward)
+
+
+def decoder_input_ids(config, labels):
+    """Returns what the decoder reads to write `labels`: (batch, tokens) int64, shifted right behind the start token."""
+    return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+
+
+def token_losses(head, hidden, labels, label_smoothing=0.0):
+    """Returns the cross-entropy of every target token, without making logits of the padding.
+
+    The logits of `CHUNK_TOKENS` tokens are held at once: of more tokens, each chunk's are made again for its gradient.
+
+    Args:
+        head: module from d_model to the vocabulary.
+        hidden: (batch, tokens, d_model), the decoder's output.
+        labels: (batch, tokens) int64, -100 where nothing is to be learnt.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+
+    Returns:
+        float32 of shape (target tokens,), row by row.
+    """
+
+    def losses(hidden, labels):
+        return functional.cross_entropy(
+            head(hidden).float(), labels, reduction="none", label_smoothing=label_smoothing
+        )
+
+    is_target = labels != -100
+    hidden, labels = hidden[is_target], labels[is_target]
+    if len(labels) <= CHUNK_TOKENS:
+        return losses(hidden, labels)
+    chunks = zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS))
+    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def token_bound(longest_s, config):
+    """Returns how many tokens a text of so many seconds may have, its prompt not counted: 25 a second and 20, at most
+    what the model can write (int)."""
+    speech = BOUND_TOKENS + math.ceil(BOUND_TOKENS_PER_SECOND * longest_s)
+    return min(speech, config.max_target_positions - PROMPT_TOKENS)
+
+
+def count_unfinished(tokens, max_new_tokens, eos_token_id):
+    """Returns how many rows of generated tokens, (batch, tokens) without the prompt, reached the bound (int)."""
+    return int((tokens != eos_token_id).sum(dim=1).ge(max_new_tokens).sum())
+
+
+class EncoderOutputs:
+    """Remembers what a frozen encoder made of each row, in main memory, so that later passes need not run it.
+
+    Args:
+        num_bytes: memory to fill at most; rows that find no room are encoded each time.
+    """
+
+    def __init__(self, num_bytes):
+        self.num_bytes = num_bytes
+        self.outputs = {}
+
+    def keys(self):
+        return frozenset(self.outputs)
+
+    def keep(self, key, output):
+        """Remembers one row's output, (positions, d_model), if there is room."""
+        size = output.numel() * output.element_size()
+        if key not in self.outputs and size <= self.num_bytes:
+            self.num_bytes -= size
+            self.outputs[key] = output.to("cpu", copy=True)
+
+    def batch(self, keys, is_known, new, device):
+        """Returns the outputs of a batch, (batch, positions, d_model), and remembers those that are new.
+
+        Args:
+            keys: list, one for each row.
+            is_known: list of bool; the others are the rows of `new`.
+            new: (rows, positions, d_model), or None if all rows are known.
+            device: where the result is wanted.
+        """
+        fresh = iter(() if new is None else new.detach())
+        rows = []
+        for key, known in zip(keys, is_known):
+            if known:
+                rows.append(self.outputs[key].to(device, non_blocking=True))
+            else:
+                rows.append(next(fresh))
+                self.keep(key, rows[-1])
+        return torch.stack(rows)
