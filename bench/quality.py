@@ -137,6 +137,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     args, flags = parser.parse_known_args()  # what is left goes to the recipe
     quiet_transformers()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     arms = {"padded": ["--encoder_window", "full"]}
     for share in args.full_window_share:
         arms[f"{share:g}"] = ["--encoder_window", "auto", "--full_window_share", str(share)]

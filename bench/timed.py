@@ -13,7 +13,7 @@ TIMING.json then holds (seconds since the launch, bytes):
         for each of its batches, `rows`, `encoded_rows`, `frames` (both of the mel features; 0 where there are none), `labels`
         (length with padding) and `targets` (label tokens without padding).
     train_began, train_ended, ended: of training, and of the script.
-    evaluations: list of `ended`, `step`, and the trainer's own `seconds`, with the `name` of the metrics.
+    evaluations: list of `ended`, `step`, the trainer's own `seconds` and its `wer`, with the `name` of the metrics.
     disk_before_first_step_bytes, disk_bytes: before the first step, and when the script has ended.
     peak_rss_bytes: the most that the process held resident, before it trained (`preparing`), from its first step to its
         last (`training`), in evaluations (`evaluating`) and in all (`all`), and the most that its children had to themselves at the end of a step, the
@@ -94,7 +94,13 @@ class Clock(transformers.TrainerCallback):
             if key.endswith("_runtime"):
                 name = key.removesuffix("_runtime")
                 timing["evaluations"].append(
-                    {"ended": timing["last"], "step": state.global_step, "name": name, "seconds": seconds}
+                    {
+                        "ended": timing["last"],
+                        "step": state.global_step,
+                        "name": name,
+                        "seconds": seconds,
+                        "wer": metrics.get(f"{name}_wer"),
+                    }
                 )
 
 

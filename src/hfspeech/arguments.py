@@ -282,7 +282,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
 
 def _positive_number(value, flag, otherwise):
     try:
-        if (number := float(value)) > 0:
+        if 0 < (number := float(value)) < float("inf"):
             return number
     except ValueError:
         pass

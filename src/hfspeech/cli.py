@@ -110,11 +110,19 @@ def _build_parser():
     )
     transcribe.set_defaults(run=_transcribe)
 
+    own_window = {evaluate: "full, as any other tool does it", transcribe: "as the model was trained"}
     own_language = {evaluate: "the model's own", transcribe: "the model's own, or guessed for each piece"}
     for command in (evaluate, transcribe):
         command.add_argument("--model_revision", default="main", help="branch, tag or commit of the model on the Hub")
         command.add_argument("--language", help=f"language of the speech (default: {own_language[command]})")
         command.add_argument("--task", choices=["transcribe", "translate"], help="default: the model's own")
+        command.add_argument(
+            "--encoder_window",
+            choices=["auto", "full"],
+            default="full" if command is evaluate else None,
+            help="pad a batch to its longest piece, right for models trained so, or to the full window "
+            f"(default: {own_window[command]})",
+        )
         command.add_argument("--batch_size", type=_positive, default=16, help="pieces decoded at once (default: 16)")
     return parser, commands.choices
 
@@ -171,6 +179,7 @@ def _transcribe(args):
         args.batch_size,
         max_piece_s=SUBTITLE_S if args.format in ("srt", "vtt") else None,
         timestamps=args.timestamps,
+        encoder_window=args.encoder_window,
         on_progress=bar.update,
     )
     with enough_memory(), bar:
@@ -279,9 +288,11 @@ def _evaluate(args):
     with enough_memory(), tqdm(total=len(dataset), unit=" rows", desc="evaluating", disable=None) as bar:
         score, rows, bad_audio = evaluate_rows(
             model, processor, dataset, compute_metrics, args.batch_size, args.on_bad_audio,
-            default_num_workers(), bar.update,
+            default_num_workers(), args.encoder_window, bar.update,
         )  # fmt: skip
     print(_score_table(score))
+    if score["unfinished"]:
+        print(f"{score['unfinished']} rows were cut off at the number of tokens that their length allows.")
     for sentence in bad_audio:
         print(f"left out: {sentence}")
     if args.output:

@@ -33,11 +33,15 @@ def publish(trainer, speech):
 def result_table(results):
     """Returns the error rates before and after, each with its interval, as lines of text."""
     lines = [("word error rate", "before", "after")]
-    lines.append(("test", rate_text(results.get("before")), rate_text(results.get("after"))))
-    for column, values in (results.get("after") or {}).get("groups", {}).items():
-        before = results["before"]["groups"].get(column, {})
+    before, after = results.get("before") or {}, results.get("after") or {}
+    lines.append(("test", rate_text(before), rate_text(after)))
+    if after.get("unpadded"):
+        lines.append(("  unpadded, as hfspeech transcribes", "", rate_text(after["unpadded"])))
+    for column, values in after.get("groups", {}).items():
+        before_of = before.get("groups", {}).get(column, {})
         lines += [
-            (f"  {column}: {value}", rate_text(before.get(value)), rate_text(rate)) for value, rate in values.items()
+            (f"  {column}: {value}", rate_text(before_of.get(value)), rate_text(rate))
+            for value, rate in values.items()
         ]
     retention = results.get("retention", {})
     if retention:
@@ -47,7 +51,6 @@ def result_table(results):
     width = [max(len(line[i]) for line in lines) for i in range(3)]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines]
     rule = "─" * (sum(width) + 4)
-    after = results.get("after") or {}
     note = f"95 % intervals: {after.get('interval', '')}; text normalised by {after.get('normalizer', '')}"
     train = results.get("train")
     if train:

@@ -102,8 +102,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             args.choices.append(reason)
         if args.device.type == "cpu":
             keep_freed_memory()
-        if args.encoder_window == "auto":
-            whisper_of(model).generation_config.encoder_window = "auto"  # for whoever transcribes with it
+        whisper_of(model).generation_config.encoder_window = args.encoder_window  # for whoever transcribes with it
         data_collator.pad_labels_to_multiple_of = COMPILED_LABELS if args.torch_compile else 1
         if args.max_batch_seconds == "auto" and args.device.type == "cpu":
             raise UserError("--max_batch_seconds auto needs a GPU to fill: give a number of seconds, such as 80.")
