@@ -77,6 +77,38 @@ def test_truncated_file_is_found(format, subtype, share):
         decode(content[: int(len(content) * share)])
 
 
+def riff(*chunks):
+    body = b"WAVE" + b"".join(name + len(content).to_bytes(4, "little") + content for name, content in chunks)
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize("format, subtype", [("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"),
+                                             ("WAV", "ULAW"), ("WAVEX", "PCM_16"), ("FLAC", "PCM_24")])  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 2])
+def test_duration_is_the_one_that_libsndfile_reads(format, subtype, channels):
+    content = encoded(np.stack([noise(20_001)] * channels, axis=1), 44100, format, subtype)
+    header = content.find(b"data") + 8 if format != "FLAC" else 4 + 38
+    for audio in (content, content + b"tail", content[:-1], content[: header + 7], content[:header]):
+        try:
+            info = soundfile.info(io.BytesIO(audio))
+            seconds = info.frames / info.samplerate
+        except soundfile.LibsndfileError:
+            seconds = None
+        try:
+            assert duration_s(audio) == seconds == 20_001 / 44100
+        except BadAudio:
+            assert audio != content
+
+
+def test_chunks_before_the_samples_are_passed_over():
+    content = encoded(noise(16000))
+    chunks = (b"fmt ", content[20:36]), (b"LIST", b"INFOISFT\x05\0\0\0Lavf\0\0"), (b"data", content[44:])
+    assert duration_s(riff(*chunks)) == 1.0
+    with pytest.raises(BadAudio, match="truncated: header says 16000 samples, 8000 decoded"):
+        duration_s(riff(*chunks)[:-16000])
+    assert duration_s(riff(chunks[0], (b"LIST", bytes(10_000)), chunks[2])) == 1.0
+
+
 def test_wav_written_to_a_pipe_is_whole():
     content = bytearray(encoded(tone()))
     content[4:8] = content[40:44] = b"\xff\xff\xff\xff"

@@ -151,6 +151,24 @@ def test_nemo_segments(tmp_path):
     assert len(set(rows.column("id"))) == 2
 
 
+def test_undecoded_audio_is_the_same_bytes_however_rows_were_chosen():
+    import datasets
+
+    from hfspeech.data.rows import undecoded
+
+    audio = [
+        {"bytes": None if i % 3 == 1 else bytes([i]) * i, "path": None if i % 4 else f"{i}.wav"} for i in range(9)
+    ]
+    rows = datasets.Dataset.from_dict({"audio": audio})
+    chosen = [7, 2, 2, 4]
+    for some, numbers in ((rows, range(9)), (rows.select(range(3, 8)), range(3, 8)), (rows.select(chosen), chosen)):
+        contents, paths = undecoded(some)
+        assert [None if content is None else bytes(content) for content in contents] == [
+            audio[i]["bytes"] for i in numbers
+        ]
+        assert paths == [audio[i]["path"] for i in numbers]
+
+
 def test_parquet_with_audio_inside(tmp_path):
     for number, (split, size) in enumerate((("train", 12), ("test", 5))):
         table(tmp_path / "data" / f"{split}-00000-of-00001.parquet", parquet_rows(split, size, 100 * number))
@@ -282,6 +300,20 @@ def test_timestamps_count_as_labels_and_may_be_given():
     assert filters.reasons(texts[:1], [1.0]) == [(f"labels longer than {length - 1} tokens", f"{length} tokens")]
 
 
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_texts_that_are_not_tokenised_would_have_passed(timestamps):
+    from hfspeech.data.rows import Filters
+
+    tokenizer = nano(timestamps).tokenizer
+    texts = ["x" * n for n in range(1, 12)] + ["日本", "na\u00efve", " a", "a\u0301", "<3", "\U0001f600 ☃", "four two"]
+    lengths = [len(label_ids(tokenizer, text, 1.0)) for text in texts]
+    for limit in range(min(lengths) - 1, max(lengths) + 1):
+        reasons = Filters(0.1, None, tokenizer, limit).reasons(texts, [1.0] * len(texts))
+        assert [reason is None for reason in reasons] == [length <= limit for length in lengths]
+    ((reason, detail),) = Filters(0.1, None, tokenizer, 448).reasons(["a<|endoftext|>b"], [1.0])
+    assert "cannot spell" in reason and "endoftext" in detail
+
+
 def test_nothing_left_says_why(tmp_path):
     audiofolder(tmp_path)
     with pytest.raises(UserError, match=r"No row of test is left: 4 shorter than 2 s \(row 1, test_0.flac"):
@@ -327,6 +359,29 @@ def test_same_audio_under_another_name_stops_the_run(tmp_path, other):
     audiofolder(tmp_path)
     (tmp_path / other / f"{other}_1.flac").write_bytes((tmp_path / "train" / "train_5.flac").read_bytes())
     with pytest.raises(UserError, match=rf"1 of the \d rows of {other} .* train .*{other}_1.flac.*train_5.flac"):
+        load_speech(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("in_parquet", [False, True])
+def test_recordings_that_differ_at_their_ends_only_are_not_the_same(tmp_path, in_parquet):
+    def write(split, values):
+        rows = []
+        for i, value in enumerate(values):
+            waveform = np.full(8000, 0.25)
+            waveform[-1] = value
+            (tmp_path / split).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / split / f"{i}.wav", waveform, 16000)
+            content = (tmp_path / split / f"{i}.wav").read_bytes()
+            rows.append(({"audio": {"bytes": content, "path": None}} if in_parquet else {"file_name": f"{i}.wav"})
+                        | {"text": "a"})  # fmt: skip
+        table(tmp_path / f"{split}.parquet" if in_parquet else tmp_path / split / "metadata.csv", rows)
+
+    write("train", [0.1, 0.2, 0.3])
+    write("validation", [0.4, 0.5])
+    write("test", [0.6, 0.7])
+    assert len(load_speech(arguments(tmp_path))["train"]) == 3
+    write("test", [0.6, 0.2])
+    with pytest.raises(UserError, match=r"1 of the 2 rows of test .* train \(same audio\): row 2 .* is row 2 "):
         load_speech(arguments(tmp_path))
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 
 import numpy as np
 
@@ -15,6 +16,8 @@ NOT_AUDIO = "not an audio file that libsndfile or FFmpeg can read"
 _BLOCK = 1 << 16
 # Programs that write to a pipe leave a data size of this order in the header: it says nothing about the real one.
 _STREAMED_SIZE = 0x7FFFF000
+# Bytes at the beginning that hold the header of an ordinary WAV or FLAC file.
+_HEAD = 4096
 # A manifest rounds its times, so a segment may end this much after the recording does.
 _SEGMENT_SLACK_S = 0.1
 
@@ -77,6 +80,9 @@ def duration_s(audio):
         BadAudio: the header shows that the recording is empty, truncated or not audio.
         UserError: the format needs FFmpeg and torchcodec, and they are not there.
     """
+    seconds = _plain_duration_s(*_head(audio))
+    if seconds is not None:
+        return seconds
     with _open(audio) as file:
         if file is None:
             seconds = _ffmpeg_decoder(audio).metadata.duration_seconds
@@ -122,24 +128,12 @@ class _open:
     def __enter__(self):
         import soundfile
 
-        if isinstance(self.audio, (bytes, bytearray, memoryview)):
-            source, size, head = io.BytesIO(self.audio), len(self.audio), bytes(self.audio[:64])
-        else:
-            source = os.fspath(self.audio)
-            try:
-                size = os.path.getsize(source)
-                with open(source, "rb") as file:
-                    head = file.read(64)
-            except FileNotFoundError:
-                raise BadAudio("no such file") from None
-            except OSError as error:
-                raise BadAudio(f"cannot be read ({error.strerror})") from None
-        if size == 0:
-            raise BadAudio("0 bytes")
+        head, size = _head(self.audio)
         if head[:4] == b"OggS":
             _check_last_ogg_page(self.audio, size)
         try:
-            self.file = soundfile.SoundFile(source)
+            is_path = isinstance(self.audio, (str, os.PathLike))
+            self.file = soundfile.SoundFile(os.fspath(self.audio) if is_path else io.BytesIO(self.audio))
         except soundfile.LibsndfileError:
             known = head[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS")
             if known and size < 4096:
@@ -164,6 +158,53 @@ class _open:
     def __exit__(self, *_):
         if self.file is not None:
             self.file.close()
+
+
+def _head(audio):
+    """Returns the first bytes of a recording, and how many it has in all."""
+    if isinstance(audio, (bytes, bytearray, memoryview)):
+        head, size = bytes(audio[:_HEAD]), len(audio)
+    else:
+        try:
+            with open(audio, "rb", buffering=0) as file:
+                head, size = file.read(_HEAD), os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            raise BadAudio("no such file") from None
+        except OSError as error:
+            raise BadAudio(f"cannot be read ({error.strerror})") from None
+    if size == 0:
+        raise BadAudio("0 bytes")
+    return head, size
+
+
+def _plain_duration_s(head, size):
+    """Reads the duration of an ordinary whole WAV or FLAC file, ten times as fast as libsndfile; None for any other.
+
+    The layouts: the RIFF chunks `fmt ` and `data`; RFC 9639, section 8 (FLAC's STREAMINFO).
+    """
+    if head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt " and len(head) >= 44:
+        start = 12
+        while head[start : start + 4] != b"data":
+            (chunk_size,) = struct.unpack_from("<I", head, start + 4)
+            start += 8 + chunk_size + chunk_size % 2
+            if start + 8 > len(head) or head[start : start + 4] not in (b"data", b"LIST", b"fact", b"PEAK"):
+                return None
+        (riff_size,), (data_size,) = struct.unpack_from("<I", head, 4), struct.unpack_from("<I", head, start + 4)
+        tag, channels, rate, _, frame_size, bits = struct.unpack_from("<HHIIHH", head, 20)
+        is_pcm = (tag, bits) in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)) and 8 * frame_size == channels * bits > 0
+        is_whole = riff_size + 8 == size and start + 8 + data_size <= size
+        if is_pcm and is_whole and 0 < rate < 1 << 20 and data_size >= frame_size:
+            return data_size // frame_size / rate
+    elif head[:4] == b"fLaC" and head[5:8] == b"\0\0\x22":  # the first block is STREAMINFO, of 34 bytes
+        start, is_last = 4, False
+        while not is_last and start + 4 <= len(head):
+            is_last = head[start] >= 0x80
+            start += 4 + int.from_bytes(head[start + 1 : start + 4], "big")
+        rate_to_frames = int.from_bytes(head[18:26], "big")  # 20 bits of rate, 8 of channels and depth, 36 of frames
+        rate, num_frames = rate_to_frames >> 44, rate_to_frames & ((1 << 36) - 1)
+        if is_last and start < size and rate and num_frames:
+            return num_frames / rate
+    return None
 
 
 def _check_header(file):

@@ -5,7 +5,7 @@ import logging
 import datasets
 import numpy as np
 
-from hfspeech.data.leaks import check_leaks, shared_rows
+from hfspeech.data.leaks import check_leaks, recordings_of, shared_rows
 from hfspeech.data.rows import (
     HIDDEN,
     SCHEMA,
@@ -385,7 +385,7 @@ def _carve(parts, share, max_samples, seed, account):
             is_carved[generator.permutation(len(part))[: max(1, round(wanted))]] = True
             how = "rows at random, for want of a speaker column"
         train, validation = part.select(np.flatnonzero(~is_carved)), part.select(np.flatnonzero(is_carved))
-        twice = {row for _, row, _ in shared_rows(train, validation)}
+        twice = {row for _, row, _ in shared_rows(*recordings_of(train, validation))}
         if twice:
             validation = validation.select([i for i in range(len(validation)) if i not in twice])
         if max_samples is not None:  # the smallest speaker may have more
@@ -399,7 +399,10 @@ def _carve(parts, share, max_samples, seed, account):
 
 def _unique_ids(rows):
     """Makes the ids of rows of several datasets and splits distinct; repeated training rows keep theirs."""
-    ids, origins = rows["id"][:], list(zip(rows["dataset"][:], rows["split"][:], rows["row"][:]))
+    ids = rows["id"][:]
+    if len(set(ids)) == len(ids):
+        return rows
+    origins = list(zip(rows["dataset"][:], rows["split"][:], rows["row"][:]))
     owners = {}
     for id, origin in zip(ids, origins):
         owners.setdefault(id, set()).add(origin)

@@ -2,10 +2,15 @@
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.pool import ThreadPool
 
+import numpy as np
+import pyarrow
+import pyarrow.compute
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from hfspeech.audio import BadAudio, decode, duration_s
 from hfspeech.data.sources import find_file
@@ -197,8 +202,8 @@ class Filters:
     def reasons(self, texts, durations):
         """Returns for each row None, or (why it is left out, the example's detail)."""
         reasons = [self._reason(text, duration) for text, duration in zip(texts, durations)]
-        left = [i for i, reason in enumerate(reasons) if reason is None]
-        if self.tokenizer is not None and left:
+        left = [i for i, reason in enumerate(reasons) if reason is None and self._may_fail(texts[i])]
+        if left:
             rest = [texts[i] for i in left], [durations[i] or 0.0 for i in left]
             for i, reason in zip(left, self._token_reasons(*rest)):
                 reasons[i] = reason
@@ -211,6 +216,27 @@ class Filters:
             return f"shorter than {self.min_duration_s:g} s", f"{duration:.2f} s"
         if duration is not None and self.max_duration_s is not None and duration > self.max_duration_s:
             return f"longer than {self.max_duration_s:g} s", f"{duration:.2f} s"
+
+    def _may_fail(self, text):
+        """Tells whether a text has to be tokenised to know that it passes; most are too short to fail."""
+        if self.tokenizer is None:
+            return False
+        if self._token_bounds is None:
+            return True
+        num_around, special = self._token_bounds
+        is_long = self.max_label_length is not None and num_around + len(text.encode()) > self.max_label_length
+        return is_long or not special.isdisjoint(text)
+
+    @cached_property
+    def _token_bounds(self):
+        """The number of tokens around a text, and the characters that special tokens begin with.
+
+        Other text makes no more tokens than it has bytes, and comes back whole, where there is a token for each byte.
+        None where there is not.
+        """
+        if not set(ByteLevel.alphabet()) <= self.tokenizer.get_vocab().keys():
+            return None
+        return len(labels_of(self.tokenizer, [""], [0.0])[0]), {token[0] for token in self.tokenizer.get_added_vocab()}
 
     def _token_reasons(self, texts, durations):
         labels = labels_of(self.tokenizer, texts, durations)
@@ -256,24 +282,28 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
     import datasets
 
     raw = as_undecoded(raw, columns.audio, folder)
-    texts = ["" if text is None else str(text) for text in raw[columns.text]]
+    texts = ["" if text is None else str(text) for text in raw[columns.text][:]]
     given = durations_given(raw, columns, dataset_name)
     offsets = [None] * len(raw)
     if columns.offset:
-        offsets = [to_seconds(value, columns.offset, i, dataset_name) for i, value in enumerate(raw[columns.offset])]
+        offsets = [
+            to_seconds(value, columns.offset, i, dataset_name) for i, value in enumerate(raw[columns.offset][:])
+        ]
     paths, sizes, measured = _measure(raw, columns.audio, given)
 
-    durations, names = [], []
-    for i, (path, seconds, offset) in enumerate(zip(paths, measured, offsets)):
-        names.append(row_name(i + 1, path or split))
+    def name_of(i):
+        return row_name(i + 1, paths[i] or split)
+
+    durations = []
+    for i, (seconds, offset) in enumerate(zip(measured, offsets)):
         if isinstance(seconds, BadAudio):
             if data_args.on_bad_audio == "error":
-                name = names[-1]
+                name = name_of(i)
                 raise UserError(
                     f"{dataset_name}, {split}: {name[0].upper()}{name[1:]}: {seconds}. "
                     "Leave such rows out with --on_bad_audio skip."
                 )
-            dropped.add("bad audio", names[-1], str(seconds))
+            dropped.add("bad audio", name_of(i), str(seconds))
             seconds = None
         elif offset is not None and given[i] is None:
             seconds = max(0.0, seconds - offset)
@@ -286,13 +316,13 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         if reason is None:
             kept.append(i)
         else:
-            dropped.add(reason[0], names[i], reason[1])
+            dropped.add(reason[0], name_of(i), reason[1])
 
     ids, are_recordings = _ids(raw, columns, paths, offsets, folder, split)
     own = {
         "id": ids,
         "text": texts,
-        "speaker": _strings(raw[columns.speaker]) if columns.speaker else [None] * len(raw),
+        "speaker": _strings(raw[columns.speaker][:]) if columns.speaker else [None] * len(raw),
         "duration_s": durations,
         "dataset": [dataset_name] * len(raw),
         "split": [split] * len(raw),
@@ -302,11 +332,11 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         "num_bytes": sizes,
     }
     for name in group_columns(data_args):
-        own[name] = _strings(raw[name]) if name in raw.column_names else [None] * len(raw)
+        own[name] = _strings(raw[name][:]) if name in raw.column_names else [None] * len(raw)
     kinds = {"duration_s": "float64", "offset_s": "float64", "row": "int64", "num_bytes": "int64"}
-    features = datasets.Features({name: datasets.Value(kinds.get(name, "string")) for name in own})
+    own = {name: pyarrow.array(values, kinds.get(name, "string")) for name, values in own.items()}
     audio = raw.select_columns([columns.audio]).rename_columns({columns.audio: "audio"})
-    rows = datasets.concatenate_datasets([audio, datasets.Dataset.from_dict(own, features=features)], axis=1)
+    rows = datasets.concatenate_datasets([audio, datasets.Dataset(pyarrow.table(own))], axis=1)
     return rows.select(kept)
 
 
@@ -324,12 +354,12 @@ def as_undecoded(raw, column, folder):
             raise UserError(
                 f"The column {column} holds text and not audio; name the audio's with --audio_column_name."
             )
-        audio = [{"bytes": None, "path": find_file(path or "", folder)} for path in raw[column]]
-        kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        undecoded = datasets.Dataset.from_dict({column: audio}, features=datasets.Features({column: kind}))
-        raw = raw.remove_columns([column])
-        others = [raw] if raw.column_names else []
-        raw = datasets.concatenate_datasets([undecoded, *others], axis=1)
+        paths = pyarrow.array(in_threads(lambda path: find_file(path or "", folder), raw[column][:]), "string")
+        contents = pyarrow.nulls(len(paths), "binary")
+        audio = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])
+        table = raw.with_format("arrow")[:].combine_chunks()
+        table = table.set_column(table.column_names.index(column), column, audio)
+        raw = datasets.Dataset(table.replace_schema_metadata(None))
     return raw.cast_column(column, datasets.Audio(decode=False))
 
 
@@ -350,7 +380,7 @@ def durations_given(raw, columns, dataset_name):
     """Reads the duration column, unless its first recordings show that it is not in seconds."""
     if not columns.duration:
         return [None] * len(raw)
-    given = [to_seconds(value, columns.duration, i, dataset_name) for i, value in enumerate(raw[columns.duration])]
+    given = [to_seconds(value, columns.duration, i, dataset_name) for i, value in enumerate(raw[columns.duration][:])]
     if not columns.offset:
         for i in range(min(3, len(raw))):
             audio = raw[i][columns.audio]
@@ -370,26 +400,41 @@ def durations_given(raw, columns, dataset_name):
     return given
 
 
+def undecoded(rows, column="audio"):
+    """Returns the contents (memoryview or None) and the paths of a column of undecoded audio; no audio is copied."""
+    contents, paths = [], []
+    for batch in rows.select_columns([column]).with_format("arrow").iter(1000):
+        for chunk in pyarrow.compute.struct_field(batch[column], "bytes").chunks:
+            if chunk.null_count == len(chunk):
+                contents += [None] * len(chunk)
+                continue
+            _, starts, content = chunk.buffers()  # pyarrow's own scalars would be copies
+            starts = np.frombuffer(starts, "int32")[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+            content = memoryview(content or b"")
+            spans = zip(starts, starts[1:], chunk.is_valid().to_pylist())
+            contents += [content[start:end] if is_valid else None for start, end, is_valid in spans]
+        paths += pyarrow.compute.struct_field(batch[column], "path").to_pylist()
+    return contents, paths
+
+
+def in_threads(function, values):
+    """Returns the results in order. Threads, because on a network file system the time goes by waiting."""
+    with ThreadPool(8) as threads:
+        return threads.map(function, values)
+
+
 def _measure(raw, column, given):
     """Returns paths, sizes in bytes, and durations or the `BadAudio` that each header shows."""
-    jobs, i = [], 0
-    for batch in raw.select_columns([column]).with_format("arrow").iter(1000):
-        for value in batch[column]:
-            jobs.append((value["bytes"], value["path"].as_py(), given[i]))
-            i += 1
-    # Threads, because on a network file system the time goes by waiting.
-    with ThreadPoolExecutor(8) as threads:
-        measured = list(threads.map(_measure_one, jobs, chunksize=64))
-    return [path for _, path, _ in jobs], [size for size, _ in measured], [seconds for _, seconds in measured]
+    contents, paths = undecoded(raw, column)
+    measured = in_threads(_measure_one, list(zip(contents, paths, given)))
+    return paths, [size for size, _ in measured], [seconds for _, seconds in measured]
 
 
 def _measure_one(job):
     content, path, given = job
-    if content.is_valid:
-        audio = content.as_buffer()
-        size = audio.size
+    if content is not None:
+        size = len(content)
     elif path:
-        audio = path
         try:
             size = os.stat(path).st_size
         except OSError:
@@ -401,7 +446,7 @@ def _measure_one(job):
     if given is not None:
         return size, given
     try:
-        return size, duration_s(audio if audio is path else audio.to_pybytes())
+        return size, duration_s(path if content is None else content)
     except BadAudio as reason:
         return size, reason
 
@@ -412,7 +457,7 @@ def _ids(raw, columns, paths, offsets, folder, split):
     A column that was found by itself may number the rows of a split, in whatever order: then it names none.
     """
     if columns.id:
-        ids = [None if value is None else str(value) for value in raw[columns.id]]
+        ids = [None if value is None else str(value) for value in raw[columns.id][:]]
         are_numbers = all(id is None or id.isdecimal() for id in ids)
         if columns.id_is_given or (len(set(ids)) == len(ids) and not are_numbers and None not in ids):
             return [id or f"{split}-{i + 1}" for i, id in enumerate(ids)], True

@@ -82,9 +82,9 @@ class LocalSource:
         """Distributes the rows of a single manifest over the splits that it names."""
         rows, folder = self._tables[None]
         if "split" in rows.column_names:
-            names = [str(value) for value in rows["split"]]
+            names = [str(value) for value in rows["split"][:]]
         elif "file_name" in rows.column_names:
-            names = [str(value).replace("\\", "/").split("/")[0] for value in rows["file_name"]]
+            names = [str(value).replace("\\", "/").split("/")[0] for value in rows["file_name"][:]]
             if not {ALIASES.get(name, name) for name in names} <= set(_OFFICIAL):
                 names = []
         else:

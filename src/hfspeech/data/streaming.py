@@ -1,7 +1,5 @@
 """Rows that come as they are read: the same schema, filters and checks, one row at a time."""
 
-import os
-
 import datasets
 
 from hfspeech.audio import BadAudio, duration_s
@@ -147,9 +145,9 @@ def decode_stream(rows, held_out):
 
     def _found_in(row, audio, recording):
         found = ids.get((row["dataset"], recording))
-        size = len(audio["bytes"]) if audio["bytes"] is not None else os.stat(audio["path"]).st_size
+        source = audio["bytes"] if audio["bytes"] is not None else audio["path"]
         for name, known in recordings.items():
-            if found is None and known.find(audio, size, *span(row["offset_s"], row["duration_s"])) is not None:
+            if found is None and known.find(source, *span(row["offset_s"], row["duration_s"])) is not None:
                 found = name
         return found
 
