@@ -25,6 +25,12 @@ def results_table(names):
     for name in names.split():
         record = json.loads((ROOT / name).read_text(encoding="utf-8"))
         lines += [_line(name_of(record), record["before"], record["after"])]
+        if record["after"].get("unpadded"):
+            lines += [
+                _line(
+                    "– unpadded, as `hfspeech transcribe` does it", {}, record["after"] | record["after"]["unpadded"]
+                )
+            ]
         for column, values in record["after"]["groups"].items():
             for value, after in values.items():
                 lines += [_line(f"– {column}: {value}", record["before"]["groups"][column].get(value), after)]
@@ -114,7 +120,7 @@ def rendered(text):
 
 def documents():
     """Returns the paths of all Markdown files of the project."""
-    folders = ("docs", "recipes", "assets")
+    folders = ("docs", "recipes", "assets", "bench")
     return sorted([ROOT / "README.md", *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))])
 
 

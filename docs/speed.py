@@ -19,7 +19,7 @@ WORK = [
     ("training, utterances of 12 s", "train.json", "12 s", "ours", "audio_s_per_s", "s of audio a second", 1, True),
     (
         "LoRA, frozen encoder, its outputs kept, 5 s",
-        "train_lora.json",
+        "train.json",
         "5 s",
         "ours_lora",
         "audio_s_per_s",

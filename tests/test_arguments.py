@@ -187,6 +187,32 @@ def test_a_contradiction_that_transformers_finds_is_one_sentence(parsed):
     assert "load_best_model_at_end" in message.replace("--", "") and "\n" not in message
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
+def test_a_share_lies_between_0_and_1(parsed, share):
+    message = refusal(parsed, {"full_window_share": share})
+    assert message.startswith("--full_window_share has to lie between 0 and 1") and "\n" not in message
+
+
+@pytest.mark.parametrize("seconds", [0, -20, "many", "nan", "inf", "80 s"])
+def test_seconds_of_a_batch_are_a_number_above_0_or_auto(parsed, seconds):
+    message = refusal(parsed, {"max_batch_seconds": seconds})
+    assert "--max_batch_seconds has to be a number above 0 or auto" in message and str(seconds) in message
+    assert "\n" not in message
+
+
+def test_seconds_of_a_batch_that_make_sense(parsed):
+    assert [parsed({"max_batch_seconds": s})[-1].max_batch_seconds for s in (80, "37.5", "auto", None)] == [
+        80.0, 37.5, "auto", None,
+    ]  # fmt: skip
+    assert parsed({}, "--max_batch_seconds", "12")[-1].max_batch_seconds == 12.0
+
+
+@pytest.mark.parametrize("name", ["encoder_window", "generation_cache_implementation"])
+def test_choices_are_named_where_another_is_given(parsed, name):
+    message = refusal(parsed, {name: "dynamc"})
+    assert name in message and ("auto" if name == "encoder_window" else "dynamic") in message
+
+
 # What is recorded
 
 
@@ -209,10 +235,10 @@ def test_a_token_is_refused_and_never_repeated(parsed):
 
 def test_choices_made_for_the_user_give_their_reason(parsed):
     *_, train = parsed({})
-    assert "fp32: no GPU" in train.choices
+    assert train.precision_is_open and not train.bf16  # on a CPU the trainer decides, for it depends on the model
     assert any(c.startswith(f"{default_num_workers()} dataloader workers: ") for c in train.choices)
     *_, train = parsed({"fp16": False, "bf16": False, "dataloader_num_workers": 0})
-    assert train.choices == ["fp32: given"]
+    assert train.choices == ["fp32: given"] and not train.precision_is_open
     assert train.dataloader_num_workers == 0
 
 

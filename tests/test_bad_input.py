@@ -133,6 +133,17 @@ def test_a_stream_without_a_length(refusal):
     assert "--max_steps" in refusal("--streaming", "--max_steps", "-1", *QUICK)
 
 
+def test_a_stream_in_batches_of_seconds(refusal):
+    message = refusal("--streaming", "--max_batch_seconds", "80", "--max_steps", "4", *QUICK)
+    assert "--max_batch_seconds" in message and "--per_device_train_batch_size" in message
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="needs a machine without CUDA")
+def test_batches_that_fill_a_gpu_where_there_is_none(refusal):
+    message = refusal("--max_batch_seconds", "auto", *QUICK)
+    assert "--max_batch_seconds auto" in message and "give a number of seconds" in message
+
+
 # Access
 
 
@@ -215,7 +226,7 @@ def test_an_output_folder_of_another_run(refusal, tmp_path):
 def test_a_disk_that_fills_up_while_training_keeps_the_earlier_checkpoints(few_digits, tmp_path):
     out = tmp_path / "out"
     command = recipe_command(
-        "whisper_full", "--max_steps", "200", "--save_steps", "1", *QUICK,
+        "whisper_full", "--max_steps", "200", "--save_steps", "1", *QUICK, "--eval_on_start", "true",
         data=few_digits, output_dir=out, launcher="python",
     )  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import BertConfig, GenerationConfig, WhisperConfig, WhisperFor
 
 from hfspeech.audio import decode, write
 from hfspeech.cli import main
+from hfspeech.modeling import VariableLengthEncoder
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NANO = ASSETS / "nano_whisper"
@@ -166,6 +168,52 @@ def test_the_result_of_an_evaluation_follows_from_its_predictions(model, tmp_pat
     assert result["arguments"]["max_samples"] == 12 and "torch" in result["environment"]["versions"]
 
 
+def frames_of(argv, monkeypatch):
+    """Runs a command line and returns how many frames its encoder was given in each batch."""
+    frames, original = [], VariableLengthEncoder.forward
+    monkeypatch.setattr(
+        VariableLengthEncoder, "forward",
+        lambda self, features, *args, **kwargs: frames.append(features.shape[-1]) or original(self, features),
+    )  # fmt: skip
+    assert main([str(word) for word in argv]) == 0
+    return frames
+
+
+@pytest.mark.parametrize("flags, is_full", [([], True), (["--encoder_window", "auto"], False)])
+def test_evaluation_is_padded_unless_asked_otherwise(model, tmp_path, monkeypatch, capsys, flags, is_full):
+    """Also of a model that was tuned unpadded: the figure is what any other tool finds."""
+    tuned = copy_of(model, tmp_path, encoder_window="auto")
+    argv = ["evaluate", tuned, "--dataset_name", DIGITS, "--max_samples", 4, "--output", tmp_path / "r.json"]
+    frames = frames_of([*argv, *flags], monkeypatch)
+    assert (set(frames) == {250}) is is_full
+    score = json.loads((tmp_path / "r.json").read_text())
+    assert score["unfinished"] == 4, "random weights never end a text"
+    assert "4 rows were cut off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "tuned, flags, is_full",
+    [
+        (None, [], True),
+        ("full", [], True),
+        ("auto", [], False),
+        ("auto", ["--encoder_window", "full"], True),
+        (None, ["--encoder_window", "auto"], False),
+    ],
+)
+def test_a_transcript_is_made_as_the_model_was_trained(model, tmp_path, monkeypatch, tuned, flags, is_full):
+    model = copy_of(model, tmp_path, encoder_window=tuned) if tuned else model
+    assert (frames_of(["transcribe", model, CLIP, *flags], monkeypatch) == [250]) is is_full
+
+
+def copy_of(model, folder, **settings):
+    """Copies a model with other settings in its generation config."""
+    copy = shutil.copytree(model, folder / "tuned")
+    generation = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**generation, **settings}))
+    return copy
+
+
 def check(tmp_path, capsys, *flags):
     """Runs `hfspeech check` on the nano recipe with the digits and returns (exit code, stdout, stderr)."""
     arguments_file = tmp_path / "args.yaml"
@@ -203,3 +251,13 @@ def test_check_tells_when_a_batch_cannot_be_learnt(tmp_path, capsys):
     assert code == 2
     assert "LoRA" in out and "ok  overfit" not in out
     assert "--learning_rate" in err.strip().splitlines()[-1]
+
+
+def test_check_looks_over_batches_of_seconds_and_a_frozen_encoder(tmp_path, capsys):
+    code, out, err = check(
+        tmp_path, capsys, "--max_batch_seconds", "40", "--freeze_encoder", "--full_window_share", "0"
+    )
+    assert code == 0, err
+    rows, frames = map(int, re.search(r"features (\d+)×80×(\d+)", out).groups())
+    assert rows > 4 and rows * frames * 0.02 <= 40.5
+    assert f"100 steps of {rows} rows" in out

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
@@ -18,19 +19,23 @@ from hfspeech.arguments import (
 )
 from hfspeech.cli import _build_parser
 
+sys.path.insert(0, str(ROOT / "docs"))
 _spec = importlib.util.spec_from_file_location("render", ROOT / "docs/render.py")
 render = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(render)
 
 DOCUMENTS = render.documents()
 RECORDS = sorted([*(ROOT / "recipes").glob("*/*.json"), *(ROOT / "assets/nano_whisper").glob("results*.json")])
+BENCHES = sorted((ROOT / "bench/results").glob("*.json"))
 
 
 def commands():
     for path in DOCUMENTS:
         for line in path.read_text().splitlines():
             line = re.split(r"\s+# ", line.strip().strip("`"))[0]
-            if line.startswith(("accelerate launch recipes/", "hfspeech ", "make ", "python assets/")):
+            if line.startswith(
+                ("accelerate launch recipes/", "hfspeech ", "make ", "python assets/", "python bench/")
+            ):
                 yield pytest.param(line, id=f"{path.relative_to(ROOT)}: {line[:60]}")
 
 
@@ -71,13 +76,18 @@ def parse_run(arguments_file, flags):
     parse_arguments(read_arguments_file(arguments_file), list(flags), classes)
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*RECORDS, *BENCHES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_records_are_whole(path):
     """Date, commit, command, hardware and versions stand in every record, and no path of one machine."""
     record = json.loads(path.read_text())
     made = record["environment"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", made["date"])
     assert re.fullmatch(r"[0-9a-f]{40}\+?", made["commit"])
-    assert made["command"].startswith("accelerate launch recipes/")
+    assert made["command"].startswith("python bench/" if path in BENCHES else "accelerate launch recipes/")
     assert made["hardware"]["cores"] and made["versions"]["torch"]
     assert not re.search(r'"(/[a-z]+/|\.\./)', path.read_text())
+
+
+def test_the_plot_is_drawn_from_the_records():
+    speed = render.speed
+    assert speed.digest() in speed.PLOT.read_text(), "run: python docs/speed.py"

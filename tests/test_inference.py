@@ -12,8 +12,9 @@ from hfspeech.arguments import DataArguments
 from hfspeech.audio import _torchcodec, decode, write
 from hfspeech.data import load_split
 from hfspeech.errors import UserError
-from hfspeech.inference import evaluate_rows, find_pieces, joined, transcribe
+from hfspeech.inference import SORTED_BATCHES, evaluate_rows, find_pieces, joined, transcribe
 from hfspeech.metrics import TranscriptScore
+from hfspeech.modeling import make_fast
 from hfspeech.models import load_for_inference
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -29,6 +30,7 @@ def untrained():
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(WhisperConfig.from_pretrained(NANO)).eval()
     model.generation_config = GenerationConfig.from_pretrained(NANO)
+    make_fast(model)
     return model, WhisperProcessor.from_pretrained(NANO)
 
 
@@ -98,16 +100,103 @@ def test_every_recording_gets_its_segments_in_order_whatever_the_batch(untrained
     assert sum(progress) / 2 == pytest.approx(sum(map(len, waveforms)) / RATE)
 
 
-def test_recordings_are_drawn_only_when_needed(untrained):
+def test_recordings_are_drawn_only_when_needed(trained):
+    """Some batches' worth, so that pieces of like length find each other, but not a whole corpus."""
     drawn = []
 
     def waveforms():
-        for i in range(5):
+        for i in range(100):
             drawn.append(i)
             yield clip(0)
 
-    next(transcribe(*untrained, waveforms(), batch_size=2))
-    assert drawn == [0, 1]
+    next(transcribe(*trained, waveforms(), batch_size=2))
+    assert drawn == list(range(2 * SORTED_BATCHES))
+
+
+@pytest.mark.parametrize("encoder_window", ["full", "auto"])
+def test_pieces_share_batches_across_recordings_and_come_back_in_order(trained, encoder_window):
+    """Recordings of very different lengths, more of them than are sorted at a time."""
+    long = np.concatenate([clip(i) for i in range(4)])
+    order = [0, long, 1, 2, long, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, long, 13, 14, 15, 16, 17, 18, 19, 20]
+    waveforms = [clip(which) if isinstance(which, int) else which for which in order]
+    frames = []
+    hook = trained[0].model.encoder.register_forward_hook(lambda m, inputs, out: frames.append(inputs[0].shape))
+    found = list(transcribe(*trained, waveforms, batch_size=2, encoder_window=encoder_window))
+    hook.remove()
+    assert len(found) == len(waveforms)
+    for waveform, segments in zip(waveforms, found):
+        spans = [(start / RATE, end / RATE) for start, end in find_pieces(waveform, RATE, WINDOW_S)]
+        np.testing.assert_allclose([(s["start_s"], s["end_s"]) for s in segments], spans, atol=0.001)
+    if encoder_window == "full":
+        assert {shape[-1] for shape in frames} == {250}
+        texts = clip_texts()
+        heard = [joined(s) == texts[which] for which, s in zip(order, found) if isinstance(which, int)]
+        assert np.mean(heard) > 0.7
+        # Whatever the neighbours, a recording's text is that of itself alone.
+        alone = [next(transcribe(*trained, [waveform], encoder_window="full")) for waveform in waveforms[:4]]
+        assert alone == found[:4]
+    else:
+        assert len({shape[-1] for shape in frames}) > 4 and all(shape[-1] % 2 == 0 for shape in frames)
+
+
+def test_pieces_of_like_length_share_a_batch(trained):
+    lengths = []
+    hook = trained[0].model.encoder.register_forward_hook(lambda m, inputs, out: lengths.append(inputs[0].shape[-1]))
+    list(transcribe(*trained, [clip(i) for i in range(12)], batch_size=3, encoder_window="auto"))
+    hook.remove()
+    assert len(lengths) == 4 and lengths == sorted(lengths, reverse=True)
+
+
+def test_a_model_is_heard_as_it_was_trained_unless_told_otherwise(trained):
+    model, frames = trained[0], []
+    hook = model.model.encoder.register_forward_hook(lambda m, inputs, out: frames.append(inputs[0].shape[-1]))
+    assert not hasattr(model.generation_config, "encoder_window")  # as any model of the Hub
+    try:
+        list(transcribe(*trained, [clip(0)]))
+        model.generation_config.encoder_window = "auto"
+        list(transcribe(*trained, [clip(0)]))
+        list(transcribe(*trained, [clip(0)], encoder_window="full"))
+    finally:
+        del model.generation_config.encoder_window
+        hook.remove()
+    assert frames[0] == frames[2] == 250 and frames[1] < 200
+
+
+def test_a_tuned_model_that_stock_code_loaded_is_heard_alike(trained):
+    model = WhisperForConditionalGeneration.from_pretrained(NANO).eval()
+    model.generation_config.encoder_window = "auto"
+    heard = [
+        next(transcribe(m, trained[1], [clip(0)], encoder_window=w)) for m, w in ((model, None), (trained[0], "auto"))
+    ]
+    assert heard[0] == heard[1]
+
+
+@pytest.mark.parametrize("timestamps", ["pauses", "model"])
+def test_full_is_stock_inference(trained, timestamps):
+    model, processor = trained
+    stock = WhisperForConditionalGeneration.from_pretrained(NANO).eval()
+    for number in range(4):
+        (start, end), *others = find_pieces(clip(number), RATE, WINDOW_S)
+        assert not others
+        features = processor(clip(number)[start:end], sampling_rate=RATE, return_tensors="pt").input_features
+        options = {"language": "en", "task": "transcribe", "return_timestamps": timestamps == "model"}
+        tokens = stock.generate(features, **options)
+        text = processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        found = next(transcribe(model, processor, [clip(number)], timestamps=timestamps, encoder_window="full"))
+        assert joined(found).split() == text.split()
+
+
+def test_pieces_that_reach_their_bound_are_told(untrained, caplog):
+    with caplog.at_level("WARNING", logger="hfspeech"):
+        list(transcribe(*untrained, [clip(0), clip(1)]))
+    assert "2 pieces were cut off at the number of tokens that their length allows" in caplog.text
+    caplog.clear()
+
+
+def test_well_heard_pieces_reach_no_bound(trained, caplog):
+    with caplog.at_level("WARNING", logger="hfspeech"):
+        list(transcribe(*trained, [clip(i) for i in range(5)]))
+    assert "cut off" not in caplog.text
 
 
 def test_a_model_without_timestamp_tokens_says_so(untrained):
@@ -157,6 +246,17 @@ def test_evaluation_agrees_with_stock_inference_and_leaves_out_only_what_is_brok
     assert rows[2]["prediction"] == stock[0].strip()
     pieces = next(transcribe(model, processor, [mixed_rows[1]["waveform"]]))
     assert len(pieces) > 1 and rows[1]["prediction"] == joined(pieces)
+
+
+@pytest.mark.parametrize("encoder_window", ["full", "auto"])
+def test_evaluation_finds_each_row_once_and_counts_those_cut_off(untrained, trained, mixed_rows, encoder_window):
+    for (model, processor), unfinished in ((untrained, 3), (trained, 0)):
+        metrics = TranscriptScore(processor, None, "basic")
+        score, rows, _ = evaluate_rows(
+            model, processor, mixed_rows, metrics, 2, on_bad_audio="skip", encoder_window=encoder_window
+        )
+        assert [row["row"] for row in rows] == [1, 2, 4] and score["rows"] == 3
+        assert score["unfinished"] == unfinished, "a row that is cut off counts, however many pieces it has"
 
 
 def test_evaluation_stops_at_broken_audio_unless_told_to_skip_it(untrained, mixed_rows):

@@ -9,6 +9,7 @@ from conftest import DIGITS, NANO, launch
 from peft import PeftModel
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
+from hfspeech import modeling
 from hfspeech.arguments import DataArguments, LoraArguments, SpeechTrainingArguments, WhisperArguments
 from hfspeech.audio import decode
 from hfspeech.batching import WhisperCollator
@@ -59,29 +60,22 @@ def test_accumulation_changes_nothing(few_digits, tmp_path, one_batch_of_eight, 
 
 
 def test_two_processes_equal_one(few_digits, tmp_path):
-    flags = [
-        "--max_steps",
-        3,
-        "--logging_steps",
-        1,
-        "--eval_strategy",
-        "no",
-        "--save_strategy",
-        "no",
-        "--lora_dropout",
-    ]
-    flags += [0, "--load_best_model_at_end", "false", "--report_to", "none", "--group_columns", "split"]
+    """The same steps of two batches of equal cost, the one after the other or beside it."""
+    flags = ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "no", "--save_strategy", "no"]
+    flags += ["--load_best_model_at_end", "false", "--report_to", "none", "--group_columns", "split"]
     flags += ["--apply_spec_augment", "false"]  # its stripes are drawn in each process
+    flags += ["--lora_dropout", 0, "--max_test_samples", 20]
+    flags += ["--max_batch_seconds", 12, "--full_window_share", 0.3]
     results = []
-    for processes, batch in ((1, 8), (2, 4)):
+    for processes in (1, 2):
         folder = tmp_path / str(processes)
         launch(
-            "whisper_lora", *flags, "--per_device_train_batch_size", batch,
+            "whisper_lora", *flags, "--gradient_accumulation_steps", 2 // processes,
             processes=processes, data=few_digits, output_dir=folder,
         )  # fmt: skip
         results.append(json.loads((folder / "results.json").read_text()))
     one, two = results
-    assert two["environment"]["processes"] == 2
+    assert two["environment"]["processes"] == 2 and len(one["train"]["log"]) == 4 + 1
     np.testing.assert_allclose(curve(two["train"]["log"]), curve(one["train"]["log"]), rtol=2e-3)
     assert two["train"]["audio_seconds"] == pytest.approx(one["train"]["audio_seconds"])
     # Eight test rows over two processes with batches of 32: each row is counted once.
@@ -91,22 +85,27 @@ def test_two_processes_equal_one(few_digits, tmp_path):
 
 
 def test_loss_is_the_mean_over_tokens(few_digits, tmp_path):
-    """Against transformers' own loss on the same batch, whose default is that mean."""
+    """Against transformers' own model on the same batch at the full window, whose loss is that mean."""
     trainer = train(few_digits, tmp_path, steps=0)
-    rows = [trainer.train_dataset[i] for i in range(6)]
-    batch = trainer.data_collator(rows)
-    trainer.model.eval()
-    ours = trainer.compute_loss(trainer.model, batch)
-    stock = trainer.model(input_features=batch["input_features"], labels=batch["labels"]).loss
-    torch.testing.assert_close(ours, stock)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    ours = trainer.compute_loss(trainer.model.eval(), batch)
+    stock = WhisperForConditionalGeneration.from_pretrained(NANO).eval()
+    torch.testing.assert_close(ours, stock(input_features=batch["input_features"], labels=batch["labels"]).loss)
 
 
-def test_batch_size_does_not_change_an_evaluation(few_digits, tmp_path):
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_batch_size_does_not_change_an_evaluation(few_digits, tmp_path, monkeypatch, is_broken):
+    """Nor that of a model that never ends a text, whose rows are cut off at what their own length allows."""
+    monkeypatch.setattr(modeling, "BOUND_TOKENS_PER_SECOND", 5)  # so that the bound is nowhere what the nano can write
     found = []
     for batch in (1, 8):
         trainer = train(few_digits, tmp_path / str(batch), steps=0, per_device_eval_batch_size=batch)
+        if is_broken:
+            trainer.model.proj_out.bias = torch.nn.Parameter(torch.zeros(trainer.model.config.vocab_size))
+            trainer.model.proj_out.bias.data[trainer.model.config.eos_token_id] = -1e9
         trainer.evaluate(trainer.speech["test"])
         score, rows = trainer.last_evaluation
+        assert score["unfinished"] == (8 if is_broken else 0)
         found.append((score["loss"], [row["prediction"] for row in rows]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert found[0][1] == found[1][1]

@@ -1,5 +1,6 @@
 """Every recipe, launched as a user launches it: trained, killed, resumed, stopped, and loaded by stock tools."""
 
+import functools
 import json
 import re
 import signal
@@ -15,7 +16,7 @@ import torch
 from conftest import NANO, NEW_DIGITS, ROOT, environment, launch, recipe_command
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
-from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
+from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
 from hfspeech.audio import decode
 from hfspeech.training import last_checkpoint
@@ -23,18 +24,30 @@ from hfspeech.training import last_checkpoint
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.py"))
 SHORT = ["--max_steps", 6, "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1, "--warmup_steps", 0]
 SHORT += ["--per_device_train_batch_size", 4, "--group_columns", "speaker", "--report_to", "none"]
+SHORT += ["--max_test_samples", 20]  # the eight test rows, and so many of the old condition
 
 
 def test_both_recipes_are_found():
     assert RECIPES == ["whisper_full", "whisper_lora"]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(few_digits, tmp_path_factory):
+    """Gives the output folder and the printed text of a short run of a recipe, which is made once."""
+
+    @functools.cache
+    def run(recipe, processes):
+        folder = tmp_path_factory.mktemp("whole") / recipe
+        flags = [*SHORT, "--report_to", "tensorboard"]
+        return folder, launch(recipe, *flags, data=few_digits, output_dir=folder, processes=processes).stdout
+
+    return run
+
+
 @pytest.fixture(scope="module", params=RECIPES)
-def finished(request, few_digits, tmp_path_factory):
+def finished(request, uninterrupted):
     """(recipe, output folder, printed text) of a short run of each recipe."""
-    output_dir = tmp_path_factory.mktemp(request.param) / "run"
-    done = launch(request.param, *SHORT, "--report_to", "tensorboard", data=few_digits, output_dir=output_dir)
-    return request.param, output_dir, done.stdout
+    return request.param, *uninterrupted(request.param, processes=1)
 
 
 def test_results_hold_everything_printed(finished):
@@ -46,8 +59,11 @@ def test_results_hold_everything_printed(finished):
         assert f"{100 * results[when]['wer']:.1f} %" in printed
         for speaker, rates in results[when]["groups"]["speaker"].items():
             assert speaker in printed and rates["rows"] > 0
-        assert results["retention"][when]["rows"] == 300
+        assert results["retention"][when]["rows"] == 20
         assert f"{100 * results['retention'][when]['wer']:.1f} %" in printed
+        assert results[when]["unfinished"] == 0
+    assert "unpadded" not in results["before"] and results["after"]["unpadded"]["rows"] == 8
+    assert results["retention"]["after"]["unpadded"]["rows"] == 20
     train = results["train"]
     assert train["steps"] == 6
     assert train["audio_seconds_per_second"] == pytest.approx(train["audio_seconds"] / train["seconds"])
@@ -63,7 +79,7 @@ def test_predictions_hold_each_test_row(finished):
     _, output_dir, printed = finished
     rows = [json.loads(line) for line in (output_dir / "predictions.jsonl").read_text().splitlines()]
     test = [row for row in rows if row["set"] == "test"]
-    assert len(test) == 8 and len(rows) == 308
+    assert len(test) == 8 and len(rows) == 28
     assert all({"text", "before", "after", "speaker", "id"} <= row.keys() for row in test)
     assert sum(f"reference  {row['text']}" in printed for row in test) == 8
 
@@ -87,6 +103,7 @@ def test_stock_tools_load_the_model(finished):
     else:
         model = WhisperForConditionalGeneration.from_pretrained(output_dir)
         assert model.config.architectures == ["WhisperForConditionalGeneration"]
+    assert GenerationConfig.from_pretrained(output_dir).encoder_window == "auto"  # told to whoever knows it
     processor = WhisperProcessor.from_pretrained(output_dir)
     recognise = pipeline("automatic-speech-recognition", model=str(output_dir), device="cpu")
 
@@ -108,7 +125,7 @@ def weights(output_dir):
 
 
 @pytest.mark.parametrize("recipe, processes", [("whisper_lora", 1), ("whisper_full", 2)])
-def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, tmp_path, finished_runs):
+def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, tmp_path, uninterrupted):
     """SIGKILL after a checkpoint, one checkpoint left half-written; the same command goes on to the same weights."""
     settings = {"data": few_digits, "output_dir": tmp_path / "run", "processes": processes}
     command = recipe_command(recipe, *SHORT, **settings)
@@ -123,34 +140,22 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, 
     done = launch(recipe, *SHORT, **settings)
     assert "Going on from" in done.stderr and "half-written" in done.stderr
     assert not broken.exists()
-    whole = finished_runs(recipe, processes)
+    whole, _ = uninterrupted(recipe, processes)
     resumed = json.loads((tmp_path / "run/results.json").read_text())
-    uninterrupted = json.loads((whole / "results.json").read_text())
+    expected = json.loads((whole / "results.json").read_text())
     assert resumed["train"]["steps"] == 6
-    assert resumed["train"]["audio_seconds"] == pytest.approx(uninterrupted["train"]["audio_seconds"])
-    assert resumed["before"] == uninterrupted["before"]
-    assert resumed["after"] == uninterrupted["after"]
+    assert resumed["train"]["audio_seconds"] == pytest.approx(expected["train"]["audio_seconds"])
+    assert resumed["before"] == expected["before"]
+    assert resumed["after"] == expected["after"]
     # Each row keeps its own before, which the killed launch wrote, beside its after.
     assert (tmp_path / "run/predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         [entry["loss"] for entry in resumed["train"]["log"] if "loss" in entry],
-        [entry["loss"] for entry in uninterrupted["train"]["log"] if "loss" in entry],
+        [entry["loss"] for entry in expected["train"]["log"] if "loss" in entry],
         rtol=1e-3,
     )
-
-
-@pytest.fixture(scope="module")
-def finished_runs(few_digits, tmp_path_factory):
-    """Gives the output folder of an uninterrupted short run of a recipe."""
-
-    def run(recipe, processes):
-        folder = tmp_path_factory.mktemp("whole") / recipe
-        launch(recipe, *SHORT, data=few_digits, output_dir=folder, processes=processes)
-        return folder
-
-    return run
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -166,18 +171,18 @@ def test_the_arguments_file_serves_another_dataset(recipe, few_digits, tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(number, few_digits, tmp_path):
-    flags = [*SHORT, "--max_steps", 500, "--eval_steps", 100, "--save_steps", 100]
+    flags = [*SHORT, "--max_steps", 500, "--eval_steps", 50, "--save_steps", 50]
     command = recipe_command("whisper_lora", *flags, data=few_digits, output_dir=tmp_path / "run", launcher="python")
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)  # fmt: skip
-    wait_for(tmp_path / "run/checkpoint-100/trainer_state.json", process)  # it trains now
+    wait_for(tmp_path / "run/checkpoint-50/trainer_state.json", process)  # it trains now
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "Run the same command again to go on." in stderr
     step = int(re.search(r"Stopped at step (\d+)", stderr)[1])
-    assert 100 <= step < 500
+    assert 50 <= step < 500
     state = json.loads((tmp_path / f"run/checkpoint-{step}/trainer_state.json").read_text())
     assert state["global_step"] == step
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / f"run/checkpoint-{step}")

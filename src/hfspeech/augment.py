@@ -30,10 +30,15 @@ def augment(dataset, speeds, processor, seed=42):
 
 
 class SpeedPerturbation:
-    """Resamples a row's waveform so that it lasts `duration_s / speed`; see `augment`."""
+    """Resamples a row's waveform so that it lasts `duration_s / speed`; see `augment`.
+
+    Attributes:
+        stretch: how many times as long a row may become.
+    """
 
     def __init__(self, speeds, seed, max_duration_s):
         self.speeds, self.seed, self.max_duration_s = speeds, seed, max_duration_s
+        self.stretch = 1 / min(speeds)
 
     def __call__(self, row):
         place = (self.seed, row.get("epoch", 0), row.get("index", row["row"]))

@@ -129,9 +129,9 @@ class LengthBatchSampler(torch.utils.data.Sampler):
     """Draws training batches of rows of like length, all batches of one optimizer step at the same cost.
 
     Every pass shuffles the rows, cuts them into pools of `pool_steps` optimizer steps, sorts each pool by length, cuts
-    it into whole steps and draws these in random order. Rows that fill no step wait for the next pool or pass, so
-    that none is lost and no step is short. An epoch is as many steps as the first pass has. The order depends on the
-    settings, the seed and the epoch only.
+    it into whole steps and draws these in random order. Rows that fill no step wait for the next pool; at the end of a
+    pass they make short steps, and less than one row for each batch waits for the next pass. An epoch is as many steps
+    as the first pass has. The order depends on the settings, the seed and the epoch only.
 
     Yields lists of (row number, seconds to pad the waveform to).
 
@@ -196,21 +196,25 @@ class LengthBatchSampler(torch.utils.data.Sampler):
         for number in itertools.count():
             generator = np.random.default_rng((self.seed, number))
             order = generator.permutation(len(self.lengths_s))
-            for pool in np.split(order, range(self.pool_rows, len(order), self.pool_rows)):
-                steps, waiting = self._cut(np.concatenate([waiting, pool]))
+            pools = np.split(order, range(self.pool_rows, len(order), self.pool_rows))
+            while pools or len(waiting) >= self.batches_per_step:
+                pool = pools.pop(0) if pools else np.empty(0, int)
+                steps, waiting = self._cut(np.concatenate([waiting, pool]), with_short_steps=not pools)
                 for place in generator.permutation(len(steps)):
                     rows = generator.permutation(steps[place])
                     padded_s = self._padded_s(rows, generator.uniform(*self.tail_s))
                     share = self.full_window_share
-                    if math.floor((num_steps + phase + 1) * share) > math.floor((num_steps + phase) * share):
+                    if math.floor((num_steps + 1) * share + phase) > math.floor(num_steps * share + phase):
                         per_batch = max(1, int(len(rows) / self.batches_per_step * padded_s / self.window_s))
                         rows, rest = np.split(rows, [per_batch * self.batches_per_step])
                         waiting, padded_s = np.concatenate([waiting, rest]), self.window_s
                     num_steps += 1
                     yield number, padded_s, rows
+                if not pools and not steps:  # of each length too few rows are left for a step
+                    break
 
-    def _cut(self, rows):
-        """Cuts rows, the longest first, into whole steps; returns these and the rows that are left."""
+    def _cut(self, rows, with_short_steps):
+        """Cuts rows, the longest first, into steps; returns these and the rows that are left."""
         rows = rows[np.argsort(-self.sort_by[rows], kind="stable")]
         steps, rest, start = [], [], 0
         while start < len(rows):
@@ -219,8 +223,14 @@ class LengthBatchSampler(torch.utils.data.Sampler):
             step = rows[start : start + size]
             if self.same_length:
                 step = step[self.sort_by[step] == self.sort_by[step[0]]]
-            (steps if len(step) == size else rest).append(step)
             start += len(step)
+            if len(step) < size:
+                step, left = np.split(
+                    step, [len(step) // self.batches_per_step * self.batches_per_step * with_short_steps]
+                )
+                rest.append(left)
+            if len(step):
+                steps.append(step)
         return steps, np.concatenate([*rest, np.empty(0, int)])
 
     def _padded_s(self, rows, tail_s):

@@ -9,7 +9,7 @@ import torch
 
 from .batching import TAIL_S, LongestFirstSampler, WhisperCollator
 from .errors import UserError
-from .modeling import count_unfinished, token_bound
+from .modeling import VariableLengthEncoder, cut_at_bounds, make_fast, token_bounds
 
 FRAME_S = 0.02  # step at which loudness is measured
 SMOOTHING_FRAMES = 10  # loudness is averaged over 0.2 s: shorter gaps are stops inside a word, not pauses
@@ -54,13 +54,26 @@ def transcribe(
     Raises:
         UserError: timestamps are asked of a model that has no tokens for them.
     """
+    num_unfinished = 0
+    found = _transcribe(model, processor, waveforms, batch_size, max_piece_s, timestamps, encoder_window, on_progress)
+    for segments, num_cut in found:
+        num_unfinished += num_cut
+        yield segments
+    if num_unfinished:
+        logger.warning("%d pieces were cut off at the number of tokens that their length allows", num_unfinished)
+
+
+def _transcribe(model, processor, waveforms, batch_size, max_piece_s, timestamps, encoder_window, on_progress):
+    """Yields for each recording its segments, and how many of its pieces reached the bound on their tokens."""
     if timestamps == "model" and getattr(model.generation_config, "no_timestamps_token_id", None) is None:
         raise UserError("This model has no timestamp tokens: leave --timestamps at pauses.")
     extractor = processor.feature_extractor
     rate = extractor.sampling_rate
     limit_s = min(max_piece_s or extractor.chunk_length, extractor.chunk_length)
     encoder_window = encoder_window or getattr(model.generation_config, "encoder_window", "full")
-    recordings, queue, num_unfinished = collections.deque(), [], 0
+    if not isinstance(model.model.encoder, VariableLengthEncoder):  # it was loaded by stock code
+        make_fast(model)
+    recordings, queue = collections.deque(), []
     for waveform in itertools.chain(waveforms, [None]):  # None: no more will come, so the queue is emptied
         if waveform is not None:
             spans = find_pieces(waveform, rate, limit_s)
@@ -74,21 +87,16 @@ def transcribe(
         queue.sort(key=lambda entry: -len(entry[0]))
         while queue:
             batch, queue = queue[:batch_size], queue[batch_size:]
-            found, unfinished = _transcribe_pieces(
-                model, processor, [piece for piece, *_ in batch], timestamps, encoder_window
-            )
-            num_unfinished += unfinished
-            for (_, done, place, start, _), segments in zip(batch, found):
-                done[place] = [_shifted(segment, start / rate) for segment in segments if segment["text"]]
+            found = _transcribe_pieces(model, processor, [piece for piece, *_ in batch], timestamps, encoder_window)
+            for (_, done, place, start, _), (segments, is_cut) in zip(batch, found):
+                done[place] = [_shifted(segment, start / rate) for segment in segments if segment["text"]], is_cut
             if on_progress:
                 on_progress(sum(samples for *_, samples in batch) / rate)
         while recordings and None not in recordings[0][0]:
             done, silence = recordings.popleft()
             if on_progress and silence:
                 on_progress(silence / rate)
-            yield [segment for segments in done for segment in segments]
-    if num_unfinished:
-        logger.warning("%d pieces were cut off at the number of tokens that their length allows", num_unfinished)
+            yield [segment for segments, _ in done for segment in segments], sum(is_cut for _, is_cut in done)
 
 
 def find_pieces(waveform, sampling_rate, max_piece_s):
@@ -160,6 +168,8 @@ def evaluate_rows(
         UserError: audio cannot be decoded and `on_bad_audio` is `error`, or no row is left.
     """
     on_progress = on_progress or (lambda rows: None)
+    if not isinstance(model.model.encoder, VariableLengthEncoder):  # it was loaded by stock code
+        make_fast(model)
     window_s = processor.feature_extractor.chunk_length
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -177,15 +187,15 @@ def evaluate_rows(
             bad_audio.append(sentence)
         long_rows += batch["long"]
         if batch["index"]:
-            tokens, unfinished = _generate(model, processor, batch["input_features"], batch["longest_s"])
-            num_unfinished += unfinished
+            tokens, is_cut = _generate(model, processor, batch["input_features"], batch["duration_s"])
+            num_unfinished += sum(is_cut)
             decoded = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             texts.update(zip(batch["index"], (text.strip() for text in decoded)))
         on_progress(len(batch["index"]) + len(batch["bad_audio"]))
     waveforms = (dataset[index]["waveform"] for index in long_rows)
-    for index, segments in zip(
-        long_rows, transcribe(model, processor, waveforms, batch_size, encoder_window=encoder_window)
-    ):
+    found = _transcribe(model, processor, waveforms, batch_size, None, "pauses", encoder_window, None)
+    for index, (segments, num_cut) in zip(long_rows, found):
+        num_unfinished += bool(num_cut)
         texts[index] = joined(segments)
         on_progress(1)
     rows = [{**dataset.record(index), "prediction": text} for index, text in sorted(texts.items())]
@@ -213,7 +223,7 @@ class _EvaluationCollator:
         return {
             "index": [row["index"] for row in short],
             "input_features": self.collator.features(waveforms, padded_s) if short else None,
-            "longest_s": max((row["duration_s"] for row in short), default=0.0),
+            "duration_s": [row["duration_s"] for row in short],
             "long": [row["index"] for row in good if len(row["waveform"]) > self.max_samples],
             "bad_audio": [row["bad_audio"] for row in rows if row.get("bad_audio")],
             "fatal": [row["fatal"] for row in rows if row.get("fatal")],
@@ -221,18 +231,18 @@ class _EvaluationCollator:
 
 
 def _transcribe_pieces(model, processor, pieces, timestamps, encoder_window):
-    """Returns the segments of each piece, their times counted from the piece's beginning, and how many were cut off."""
+    """Returns, for each piece, its segments, their times counted from its beginning, and whether it was cut off."""
     rate = processor.feature_extractor.sampling_rate
     decode = processor.tokenizer.decode
     durations = [len(piece) / rate for piece in pieces]
-    longest_s = max(durations)
-    features = WhisperCollator(processor).features(pieces, longest_s + TAIL_S if encoder_window == "auto" else None)
+    padded_s = max(durations) + TAIL_S if encoder_window == "auto" else None
+    features = WhisperCollator(processor).features(pieces, padded_s)
     if timestamps == "pauses":
-        tokens, unfinished = _generate(model, processor, features, longest_s)
+        tokens, is_cut = _generate(model, processor, features, durations)
         texts = [decode(row, skip_special_tokens=True).strip() for row in tokens]
         segments = [[{"start_s": 0.0, "end_s": end, "text": text}] for end, text in zip(durations, texts)]
-        return segments, unfinished
-    found, unfinished = _generate(model, processor, features, longest_s, return_timestamps=True, return_segments=True)
+        return list(zip(segments, is_cut))
+    found, is_cut = _generate(model, processor, features, durations, return_timestamps=True, return_segments=True)
     # The window is padded, so a timestamp may lie behind the end of the piece.
     segments = [
         [
@@ -245,19 +255,20 @@ def _transcribe_pieces(model, processor, pieces, timestamps, encoder_window):
         ]
         for segments, duration in zip(found["segments"], durations)
     ]
-    return segments, unfinished
+    return list(zip(segments, is_cut))
 
 
 @torch.no_grad()
-def _generate(model, processor, features, longest_s, **options):
-    """Returns what `generate` makes of a batch, and how many of its rows reached the bound on their tokens."""
+def _generate(model, processor, features, durations_s, **options):
+    """Returns what `generate` makes of a batch, and a list of bool: which rows reached the bound on their tokens."""
     # Encoded here, because generate pads short features with zeros, which are loud; and once also where the language
     # has to be guessed.
     encoded = model.model.encoder(features.to(model.device, model.dtype))
-    bound = token_bound(longest_s, model.config)
-    found = model.generate(encoder_outputs=encoded, max_new_tokens=bound, **options)
-    tokens = found["sequences"] if options.get("return_segments") else found
-    return found, count_unfinished(tokens, bound, processor.tokenizer.eos_token_id)
+    bounds, eos_token_id = token_bounds(durations_s, model.config), processor.tokenizer.eos_token_id
+    found = model.generate(encoder_outputs=encoded, max_new_tokens=max(bounds), **options)
+    if options.get("return_segments"):
+        return found, cut_at_bounds(found["sequences"], bounds, eos_token_id)[1]
+    return cut_at_bounds(found, bounds, eos_token_id)
 
 
 def _shifted(segment, seconds):

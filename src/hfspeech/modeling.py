@@ -108,16 +108,37 @@ def token_losses(head, hidden, labels, label_smoothing=0.0):
     return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def token_bound(longest_s, config):
-    """Returns how many tokens a text of so many seconds may have, its prompt not counted: 25 a second and 20, at most
-    what the model can write (int)."""
-    speech = BOUND_TOKENS + math.ceil(BOUND_TOKENS_PER_SECOND * longest_s)
-    return min(speech, config.max_target_positions - PROMPT_TOKENS)
+def token_bounds(durations_s, config):
+    """Returns how many tokens the texts of recordings may have, their prompts not counted.
+
+    That is 25 a second and 20, and at most what the model can write.
+
+    Args:
+        durations_s: list of float.
+        config: the model's `WhisperConfig`.
+
+    Returns:
+        list of int.
+    """
+    most = config.max_target_positions - PROMPT_TOKENS
+    return [min(BOUND_TOKENS + math.ceil(BOUND_TOKENS_PER_SECOND * seconds), most) for seconds in durations_s]
 
 
-def count_unfinished(tokens, max_new_tokens, eos_token_id):
-    """Returns how many rows of generated tokens, (batch, tokens) without the prompt, reached the bound (int)."""
-    return int((tokens != eos_token_id).sum(dim=1).ge(max_new_tokens).sum())
+def cut_at_bounds(tokens, bounds, eos_token_id):
+    """Ends each generated text at its own bound, so that it does not depend on the length of its neighbours.
+
+    Args:
+        tokens: (batch, tokens) int64 without the prompt.
+        bounds: list of int, one for each row.
+        eos_token_id: int, which fills the rest of a row.
+
+    Returns:
+        (the tokens, a list of bool that says which rows have reached their bound).
+    """
+    bounds = torch.tensor(bounds, device=tokens.device)
+    is_behind = torch.arange(tokens.shape[1], device=tokens.device) >= bounds[:, None]
+    tokens = tokens.masked_fill(is_behind, eos_token_id)
+    return tokens, (tokens != eos_token_id).sum(dim=1).ge(bounds).tolist()
 
 
 class EncoderOutputs:
@@ -158,4 +179,5 @@ class EncoderOutputs:
             else:
                 rows.append(next(fresh))
                 self.keep(key, rows[-1])
-        return torch.stack(rows)
+        longest = max(map(len, rows))  # a recording that outlasts what is said of it has a longer output than planned
+        return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row), -1)]) for row in rows])

@@ -55,7 +55,7 @@ def check(arguments_file, flags=(), overfit=False):
     )
     types = [DataArguments, WhisperArguments, SpeechTrainingArguments, *([LoraArguments] if with_lora else [])]
     data_args, model_args, train_args, *lora_args = parse_arguments(settings, flags, types, source=arguments_file)
-    _passed("arguments", f"{arguments_file}; {', '.join(train_args.choices)}")
+    _passed("arguments", f"{'; '.join([str(arguments_file), *train_args.choices])}")
 
     output_dir = Path(train_args.output_dir)
     existing = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())

@@ -32,7 +32,7 @@ from .batching import (
 )
 from .errors import Interrupted, UserError
 from .hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
-from .modeling import EncoderOutputs, count_unfinished, decoder_input_ids, token_bound, token_losses
+from .modeling import EncoderOutputs, cut_at_bounds, decoder_input_ids, token_bounds, token_losses
 from .models import is_quantized, whisper_of
 from .runs import RESULTS_FILE, environment, peak_rss_bytes, read_json, require_space, write_json, write_jsonl, writing
 
@@ -213,8 +213,9 @@ class SpeechTrainer(Seq2SeqTrainer):
         dataset, args = self.train_dataset, self.args
         if not has_length(dataset):
             return super().get_train_dataloader()
+        stretch = math.prod(transform.stretch for transform in dataset.transforms)
         self.train_sampler = LengthBatchSampler(
-            dataset.column("duration_s"),
+            [seconds * stretch for seconds in dataset.column("duration_s")],
             self.processing_class.feature_extractor.chunk_length,
             batch_size=None if self.max_batch_seconds else self._train_batch_size,
             max_batch_seconds=self.max_batch_seconds,
@@ -283,7 +284,9 @@ class SpeechTrainer(Seq2SeqTrainer):
                 continue
             features = batch["input_features"].to(self.args.device, whisper.dtype)
             labels = batch["labels"].to(self.args.device)
-            bound = self.args.generation_max_length or token_bound(max(batch["duration_s"]), whisper.config)
+            bounds = token_bounds(batch["duration_s"], whisper.config)
+            if self.args.generation_max_length:
+                bounds = [self.args.generation_max_length] * len(bounds)
             with torch.no_grad(), self.accelerator.autocast():
                 encoded = BaseModelOutput(whisper.model.encoder(features).last_hidden_state)
                 hidden = whisper.model(
@@ -292,9 +295,10 @@ class SpeechTrainer(Seq2SeqTrainer):
                     use_cache=False,
                 ).last_hidden_state
                 losses_of_tokens = token_losses(whisper.proj_out, hidden, labels)
-                tokens = whisper.generate(encoder_outputs=encoded, max_new_tokens=bound, **options)
+                tokens = whisper.generate(encoder_outputs=encoded, max_new_tokens=max(bounds), **options)
+            tokens, is_cut = cut_at_bounds(tokens, bounds, tokenizer.eos_token_id)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            num_unfinished += count_unfinished(tokens, bound, tokenizer.eos_token_id)
+            num_unfinished += sum(is_cut)
             rows_of_tokens = labels.ne(-100).nonzero()[:, 0]
             losses = (
                 torch.zeros(len(labels), device=labels.device).index_add(0, rows_of_tokens, losses_of_tokens).tolist()
@@ -458,7 +462,9 @@ class SpeechTrainer(Seq2SeqTrainer):
         by_length = sorted(range(len(durations_s)), key=lambda i: durations_s[i])
         # For the same seconds, long rows have most positions to attend to and short ones most text.
         longest, median = by_length[-1], by_length[len(by_length) // 2]
-        rows = [self.train_dataset[row, durations_s[row] + TRAIN_TAIL_S[1]] for row in (longest, median)]
+        window_s = self.processing_class.feature_extractor.chunk_length
+        keys = [(longest, window_s), (median, min(durations_s[median] + TRAIN_TAIL_S[1], window_s))]
+        rows = [self.train_dataset[key] for key in keys]
         batches = [batch for batch in (self.data_collator([row]) for row in rows) if batch["index"]]
         if not batches:
             raise UserError(f"{rows[0]['bad_audio']}. Give --max_batch_seconds a number of seconds instead.")
@@ -485,10 +491,12 @@ class SpeechTrainer(Seq2SeqTrainer):
             batch[name].to(self.args.device).repeat(num_rows, *[1] * (batch[name].dim() - 1))
             for name in ("input_features", "labels")
         )
-        with torch.random.fork_rng(), self.accelerator.autocast():
-            self.model.train()(input_features=features, labels=labels).loss.backward()
-        self.model.zero_grad(set_to_none=True)
-        del reserved
+        try:
+            with torch.random.fork_rng(), self.accelerator.autocast():
+                self.model.train()(input_features=features, labels=labels).loss.backward()
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            del reserved
 
     def _record_training(self, progress):
         """Puts what training took into the results, at once, so that nothing that follows can lose it."""

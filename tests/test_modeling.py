@@ -1,0 +1,248 @@
+"""The fast model: an encoder for any length and a loss without padding, on weights and files that stay stock."""
+
+import json
+
+import pytest
+import torch
+from conftest import DIGITS, NANO
+from peft import PeftModel
+from torch.nn import functional
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hfspeech import modeling
+from hfspeech.arguments import LoraArguments, WhisperArguments
+from hfspeech.audio import decode
+from hfspeech.batching import WhisperCollator
+from hfspeech.modeling import EncoderOutputs, count_unfinished, make_fast, token_bound, token_losses
+from hfspeech.models import add_lora, load_whisper
+
+
+def stock():
+    return WhisperForConditionalGeneration.from_pretrained(NANO).eval()
+
+
+def load(**settings):
+    return load_whisper(WhisperArguments(model_name_or_path=str(NANO), language="english", **settings))[0].eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """(features of three recordings at the full window, the same unpadded, their labels)."""
+    processor = WhisperProcessor.from_pretrained(NANO)
+    collator = WhisperCollator(processor)
+    waveforms = [decode(path) for path in sorted((DIGITS / "test").glob("*.ogg"))[:3]]
+    full = collator.features(waveforms)
+    short = collator.features(waveforms, max(map(len, waveforms)) / 16000)
+    labels = collator.labels(["four two", "nine", "six six zero one"], [1.0] * 3)
+    assert short.shape[-1] < full.shape[-1] and (labels == -100).any()
+    return full, short, labels
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+# The encoder
+
+
+def test_at_the_full_window_the_encoder_is_stock(batch):
+    full, _, _ = batch
+    with torch.no_grad():
+        ours = make_fast(stock()).model.encoder(full).last_hidden_state
+        theirs = stock().model.encoder(full).last_hidden_state
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("frames", [2, 38, 120, 246])
+def test_a_shorter_input_is_what_a_stock_encoder_of_a_shorter_window_makes_of_it(batch, frames):
+    """Its position embeddings are the first ones, and nothing else differs."""
+    features = batch[0][..., :frames]
+    shorter = stock().model.encoder
+    shorter.config.max_source_positions = frames // 2
+    shorter.embed_positions = torch.nn.Embedding.from_pretrained(shorter.embed_positions.weight[: frames // 2])
+    with torch.no_grad():
+        ours = make_fast(stock()).model.encoder(features).last_hidden_state
+        theirs = shorter(features).last_hidden_state
+    assert ours.shape == (3, frames // 2, 128)
+    assert torch.equal(ours, theirs)
+
+
+def test_the_transcripts_at_the_full_window_are_stock(batch):
+    found = [
+        model.generate(batch[0], language="en", task="transcribe", max_new_tokens=20)
+        for model in (make_fast(stock()), stock())
+    ]
+    assert torch.equal(*found)
+
+
+def test_what_is_saved_is_stock(batch, tmp_path):
+    model = load()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["WhisperForConditionalGeneration"] and "auto_map" not in config
+    again = WhisperForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert type(again.model.encoder).__name__ == "WhisperEncoder"
+    with torch.no_grad():
+        assert torch.equal(again.model.encoder(batch[0])[0], model.model.encoder(batch[0])[0])
+
+
+def test_a_saved_adapter_names_the_stock_class(batch, tmp_path):
+    torch.manual_seed(0)
+    model = add_lora(load(), LoraArguments(lora_r=2)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    mapping = json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]
+    assert mapping["base_model_class"] == "WhisperForConditionalGeneration"
+    assert mapping["parent_library"] == "transformers.models.whisper.modeling_whisper"
+    again = PeftModel.from_pretrained(stock(), tmp_path).eval()
+    with torch.no_grad():
+        ours = model.get_base_model().model.encoder(batch[0])[0]
+        assert torch.equal(again.get_base_model().model.encoder(batch[0])[0], ours)
+        assert not torch.allclose(stock().model.encoder(batch[0])[0], ours, atol=1e-2)
+
+
+# The loss
+
+
+def test_the_loss_and_its_gradients_are_stock_times_the_tokens(batch):
+    full, _, labels = batch
+    ours, theirs = make_fast(stock()), stock()
+    loss = ours(input_features=full, labels=labels).loss
+    loss.backward()
+    expected = theirs(input_features=full, labels=labels).loss * labels.ne(-100).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    found, wanted = gradients(ours), gradients(theirs)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_call_without_labels_is_stock(batch):
+    read = torch.tensor([[296, 297, 299]] * 3)
+    with torch.no_grad():
+        found = [m(input_features=batch[0], decoder_input_ids=read).logits for m in (make_fast(stock()), stock())]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("chunk", [1024, 5, 1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_losses_are_cross_entropy_in_chunks_or_whole(monkeypatch, chunk, smoothing):
+    monkeypatch.setattr(modeling, "CHUNK_TOKENS", chunk)
+    torch.manual_seed(0)
+    head, labels = torch.nn.Linear(8, 30), torch.randint(30, (3, 7))
+    labels[0, 4:], labels[2, 1:] = -100, -100
+    hidden = torch.randn(3, 7, 8, requires_grad=True)
+    weights = torch.arange(1.0, labels.ne(-100).sum() + 1)  # so that each token's own gradient counts
+    found = []
+    for losses in (
+        lambda: token_losses(head, hidden, labels, smoothing),
+        lambda: functional.cross_entropy(
+            head(hidden).transpose(1, 2), labels, reduction="none", label_smoothing=smoothing
+        )[labels != -100],
+    ):
+        values = losses()
+        (values * weights).sum().backward()
+        found.append((values.detach(), hidden.grad.clone(), head.weight.grad.clone()))
+        hidden.grad = None
+        head.zero_grad()
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_label_smoothing_is_the_trainer_s_own(batch):
+    full, _, labels = batch
+    with torch.no_grad():
+        ours = make_fast(stock())(input_features=full, labels=labels, label_smoothing=0.2).loss
+        logits = stock()(input_features=full, labels=labels).logits
+    theirs = LabelSmoother(0.2)({"logits": logits}, labels) * labels.ne(-100).sum()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_head_sees_no_padding_and_only_one_chunk_at_a_time(batch, monkeypatch):
+    monkeypatch.setattr(modeling, "CHUNK_TOKENS", 4)
+    model, seen = make_fast(stock()), []
+    model.proj_out.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    with torch.no_grad():
+        model(input_features=batch[1], labels=batch[2])
+    assert max(seen) <= 4 and sum(seen) == batch[2].ne(-100).sum()
+
+
+def test_a_batch_without_a_target_costs_nothing(batch):
+    model = make_fast(stock())
+    loss = model(input_features=batch[1], labels=torch.full((3, 2), -100)).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+# What is frozen
+
+
+def test_a_frozen_encoder_runs_without_a_graph_and_gets_no_gradient(batch):
+    model, graph = load(freeze_encoder=True).train(), []
+    model.model.encoder.register_forward_hook(lambda m, args, out: graph.append(out.last_hidden_state.requires_grad))
+    model(input_features=batch[1], labels=batch[2]).loss.backward()
+    assert graph == [False]
+    got = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert got and not any(".encoder." in name for name in got)
+
+
+def test_lora_keeps_no_gradient_of_frozen_weights(batch):
+    model = add_lora(load(), LoraArguments(lora_r=2)).train()
+    model(input_features=batch[1], labels=batch[2]).loss.backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert got and all("lora_" in name for name in got)
+
+
+# The bound on generated tokens
+
+
+def test_the_bound_grows_with_the_speech_and_ends_at_what_the_model_can_write():
+    config = stock().config
+    bounds = [token_bound(seconds, config) for seconds in (0.0, 0.5, 1.0, 1.6, 100.0)]
+    assert bounds[:2] == [20, 33] and bounds == sorted(bounds)
+    assert bounds[-1] == config.max_target_positions - 4
+
+
+def test_unfinished_rows_are_those_at_the_bound():
+    end = 0
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, end], [end, end, end, end], [5, 5, 5, 5]])
+    assert count_unfinished(tokens, 4, end) == 2
+    assert count_unfinished(tokens, 5, end) == 0
+
+
+# What a frozen encoder has said already
+
+
+def test_encoder_outputs_come_back_in_their_rows_order():
+    new = torch.randn(4, 6, 8)
+    outputs = EncoderOutputs(num_bytes=10_000)
+    first = outputs.batch(["a", "b"], [False, False], new[:2], "cpu")
+    assert torch.equal(first, new[:2]) and outputs.keys() == {"a", "b"}
+    mixed = outputs.batch(["c", "b", "d", "a"], [False, True, False, True], new[2:], "cpu")
+    assert torch.equal(mixed, new[[2, 1, 3, 0]])
+    known = outputs.batch(["d", "a"], [True, True], None, "cpu")
+    assert torch.equal(known, new[[3, 0]])
+
+
+def test_encoder_outputs_fill_no_more_than_they_may():
+    new = torch.randn(5, 6, 8)
+    size = 6 * 8 * 4
+    outputs = EncoderOutputs(num_bytes=2 * size + size // 2)
+    for _ in range(2):
+        found = outputs.batch(list(range(5)), [False] * 5, new, "cpu")
+        assert torch.equal(found, new)
+    assert outputs.keys() == {0, 1}
+    # A row's own copy, which keeps no whole batch alive.
+    assert sum(output.untyped_storage().nbytes() for output in outputs.outputs.values()) == 2 * size
+
+
+def test_remembered_outputs_carry_no_graph():
+    outputs = EncoderOutputs(10_000)
+    outputs.batch(["a"], [False], torch.randn(1, 2, 2, requires_grad=True) * 2, "cpu")
+    assert not outputs.batch(["a"], [True], None, "cpu").requires_grad
