@@ -21,6 +21,7 @@ BENCH = Path(__file__).resolve().parent
 SAME_WORK = {
     "language": "english",
     "per_device_train_batch_size": 16,
+    "encoder_window": "auto",
     "learning_rate": 1e-5,
     "warmup_steps": 0,
     "eval_strategy": "no",

@@ -14,7 +14,7 @@ from hfspeech import modeling
 from hfspeech.arguments import LoraArguments, WhisperArguments
 from hfspeech.audio import decode
 from hfspeech.batching import WhisperCollator
-from hfspeech.modeling import EncoderOutputs, count_unfinished, make_fast, token_bound, token_losses
+from hfspeech.modeling import EncoderOutputs, cut_at_bounds, make_fast, token_bounds, token_losses
 from hfspeech.models import add_lora, load_whisper
 
 
@@ -204,16 +204,18 @@ def test_lora_keeps_no_gradient_of_frozen_weights(batch):
 
 def test_the_bound_grows_with_the_speech_and_ends_at_what_the_model_can_write():
     config = stock().config
-    bounds = [token_bound(seconds, config) for seconds in (0.0, 0.5, 1.0, 1.6, 100.0)]
+    bounds = token_bounds([0.0, 0.5, 1.0, 1.6, 100.0], config)
     assert bounds[:2] == [20, 33] and bounds == sorted(bounds)
     assert bounds[-1] == config.max_target_positions - 4
 
 
-def test_unfinished_rows_are_those_at_the_bound():
+def test_each_text_ends_at_its_own_bound():
     end = 0
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, end], [end, end, end, end], [5, 5, 5, 5]])
-    assert count_unfinished(tokens, 4, end) == 2
-    assert count_unfinished(tokens, 5, end) == 0
+    cut, is_cut = cut_at_bounds(tokens, [4, 4, 4, 2], end)
+    assert is_cut == [True, False, False, True]
+    assert cut.tolist() == [[5, 6, 7, 8], [5, 6, 7, end], [end, end, end, end], [5, 5, end, end]]
+    assert cut_at_bounds(tokens, [5, 5, 5, 5], end)[1] == [False] * 4
 
 
 # What a frozen encoder has said already

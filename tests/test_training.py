@@ -29,6 +29,7 @@ def make_trainer(
 ):
     settings = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "report_to": ["none"], "eval_steps": 2}
     settings |= {"save_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0, "normalizer": "basic"}
+    settings["encoder_window"] = "auto"
     args = SpeechTrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
     args.run_arguments = {}
     set_seed(args.seed)

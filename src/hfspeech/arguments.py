@@ -197,9 +197,10 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Processes that decode audio. Default: the cores, at most 8 a process."}
     )
     encoder_window: str = field(
-        default="auto",
+        default="full",
         metadata={
-            "help": "Seconds that the encoder is given in training: what a batch needs, or always its full window.",
+            "help": "Seconds that the encoder is given in training: always its full window, or what a batch needs, "
+            "which is several times faster for short utterances; docs/performance.md says what it costs.",
             "choices": ["auto", "full"],
         },
     )
