@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 PLOT = ROOT / "docs/performance.svg"
-PLOTTED = ("lengths.json", "first_step.json")
+PLOTTED = ("train.json", "lengths.json", "first_step.json")
 RIVALS = {"B1": "as documented", "B2": "tuned"}
 
 # What is measured: title, record, case in it, arm of ours, figure, unit, its scale, and whether more of it is better.
@@ -128,16 +128,18 @@ def quality_table(name):
     record = read(name)
     kinds = {"short": "rows", "long": "long, cut in pauses", "pipeline": "long, stock pipeline"}
     heads = [f"{title} | difference, 95 % under" for title in kinds.values()]
-    lines = [f"| data | full_window_share | {' | '.join(heads)} |", "|---" * 8 + "|"]
+    lines = [f"| data | full_window_share | {' | '.join(heads)} | rows, decoded unpadded |", "|---" * 9 + "|"]
     for data, entry in record["datasets"].items():
         before = " | ".join(f"{100 * entry['before'][kind]:.1f} | " for kind in kinds)
-        lines.append(f"| {data}, {entry['rows']} rows | before | {before} |")
+        lines.append(f"| {data}, {entry['rows']} rows | before | {before} | |")
         for arm, found in entry["arms"].items():
             cells = []
             for kind in kinds:
                 wer, gap = found["wer"][kind], found.get("against_padded", {}).get(kind)
                 cells.append(f"{100 * sum(wer) / len(wer):.1f}")
                 cells.append(f"{100 * gap['difference']:+.2f}, {100 * gap['high']:+.2f}" if gap else "")
+            unpadded = found["unpadded_wer"]
+            cells.append("" if None in unpadded else f"{100 * sum(unpadded) / len(unpadded):.1f}")
             lines.append(f"| {data} | {arm} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", origin(name)]) + "\n"
 
@@ -158,7 +160,7 @@ def draw():
     titles = {"ours": "hfspeech", "B1": "published way, as documented", "B2": "published way, tuned"}
     colors = {"ours": "#1a7f4b", "B1": "#b03a2e", "B2": "#d68910"}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    lengths = read("lengths.json")["summary"]
+    lengths = read("train.json")["summary"] | read("lengths.json")["summary"]
     for arm, title in titles.items():
         points = [(float(case.split()[0]), found[arm]["median"]) for case, found in lengths.items() if arm in found]
         points = [(seconds, seconds / median["audio_s_per_s"]) for seconds, median in points]
