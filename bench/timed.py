@@ -78,11 +78,11 @@ class Clock(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         ended, step = now(), timing["steps"][-1]
         step |= {"ended": ended, "since_last": ended - timing["last"]}
-        timing["last"] = ended
         children = sum(private_bytes(child) for child in psutil.Process().children(recursive=True))
         peaks = timing["peak_rss_bytes"]
         peaks["training"] = max(take_peak_rss(), peaks.get("training", 0))
         peaks["children"] = max(children, peaks.get("children", 0))
+        timing["last"] = now()  # looking at the memory is not part of the next step
 
     def on_train_end(self, args, state, control, **kwargs):
         timing["train_ended"] = now()
