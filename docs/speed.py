@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 PLOT = ROOT / "docs/performance.svg"
-PLOTTED = ("train.json", "lengths.json", "first_step.json")
+PLOTTED = ("train.json", "first_step.json")
 RIVALS = {"B1": "as documented", "B2": "tuned"}
 
 # What is measured: title, record, case in it, arm of ours, figure, unit, its scale, and whether more of it is better.
@@ -160,7 +160,7 @@ def draw():
     titles = {"ours": "hfspeech", "B1": "published way, as documented", "B2": "published way, tuned"}
     colors = {"ours": "#1a7f4b", "B1": "#b03a2e", "B2": "#d68910"}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    lengths = read("train.json")["summary"] | read("lengths.json")["summary"]
+    lengths = read("train.json")["summary"]
     for arm, title in titles.items():
         points = [(float(case.split()[0]), found[arm]["median"]) for case, found in lengths.items() if arm in found]
         points = [(seconds, seconds / median["audio_s_per_s"]) for seconds, median in points]

@@ -161,7 +161,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
         self.batches_per_step, self.seed = batches_per_step, seed
         self.full_window_share = full_window_share if encoder_window == "auto" else 0.0
         self.grid_s = window_s / num_lengths if num_lengths else None
-        self.same_length = same_length
+        self.same_length = same_length and encoder_window == "auto"  # at the full window all are of one length
         durations_s = np.asarray(durations_s, dtype=np.float64)
         if encoder_window == "full":
             self.tail_s, self.lengths_s = (0.0, 0.0), np.full(len(durations_s), float(window_s))
