@@ -11,6 +11,7 @@ Each arm is evaluated as its users would see it: the published way padded to the
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 from arms import BENCH, add_common_flags, alternate, ours, print_table, rival, summarise, write_record
 
@@ -53,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_flags(parser, "time_to_wer.json")
     parser.add_argument("--arms", nargs="*", choices=["ours", "B1", "B2"], default=["ours", "B1", "B2"])
-    parser.add_argument("--dataset_name", default=str(BENCH.parent / "assets/flite_digits"))
+    parser.add_argument("--dataset_name", type=Path, default=BENCH.parent / "assets/flite_digits")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--eval_steps", type=int, default=10)
     args = parser.parse_args()
