@@ -176,9 +176,14 @@ def draw():
             style = "o--" if "streaming" in arm else "o-"
             right.plot(*zip(*sorted(points)), style, color=colors[arm.split(",")[0]], label=title)
     right.set(xlabel="utterances in the corpus", xscale="log", yscale="log", ylabel="s", title="Launch to first step")
+    left.set_ylim(0.05, 5)
+    right.set_ylim(3, 150)
     for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+    right.xaxis.set_major_formatter("{x:,.0f}")
+    right.xaxis.set_minor_formatter("")
     figure.savefig(PLOT, metadata={"Date": None, "Description": digest()})
 
 
