@@ -24,6 +24,7 @@ from hfspeech.training import last_checkpoint
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.py"))
 SHORT = ["--max_steps", 6, "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1, "--warmup_steps", 0]
 SHORT += ["--per_device_train_batch_size", 4, "--group_columns", "speaker", "--report_to", "none"]
+SHORT += ["--encoder_window", "auto", "--full_window_share", 0.25]
 SHORT += ["--max_test_samples", 20]  # the eight test rows, and so many of the old condition
 
 
