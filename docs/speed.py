@@ -68,9 +68,13 @@ def speed_table(_):
             value = summary[found]["median"][figure] if found else None
             cells.append(number(None if value is None else value * scale))
             ratio = (summary[arm]["ratio"].get(found) or {}).get(figure) if found else None
-            ratios.append(f"**{number(better(ratio['median'], more_is_better))}×**" if ratio else "–")
+            ratios.append(f"**{times(better(ratio['median'], more_is_better))}**" if ratio else "–")
         lines.append(f"| {title} | {' | '.join([*cells, *ratios])} |")
     return "\n".join([*lines, "", *origins(dict.fromkeys(name for _, name, *_ in WORK))]) + "\n"
+
+
+def times(ratio):
+    return "over 1,000×" if ratio > 1000 else f"{number(ratio)}×"
 
 
 def better(ratio, more_is_better):

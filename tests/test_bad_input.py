@@ -16,7 +16,7 @@ import yaml
 from conftest import NANO, NEW_DIGITS, ROOT, environment, launch, recipe_command
 from loopback_hub import LoopbackHub
 
-from hfspeech.training import last_checkpoint
+from hfspeech.runs import last_checkpoint
 
 QUICK = ["--eval_on_start", "false", "--eval_strategy", "no", "--load_best_model_at_end", "false",
          "--max_test_samples", "2", "--dataloader_num_workers", "0", "--per_device_train_batch_size", "4",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
 from hfspeech.audio import decode
-from hfspeech.training import last_checkpoint
+from hfspeech.runs import last_checkpoint
 
 RECIPES = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/run.py"))
 SHORT = ["--max_steps", 6, "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1, "--warmup_steps", 0]

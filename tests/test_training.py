@@ -21,7 +21,8 @@ from hfspeech.metrics import TranscriptScore
 from hfspeech.modeling import EncoderOutputs
 from hfspeech.models import add_lora, load_for_inference, load_whisper, whisper_of
 from hfspeech.publish import publish
-from hfspeech.training import SpeechTrainer, is_whole_checkpoint, last_checkpoint
+from hfspeech.runs import is_whole_checkpoint, last_checkpoint
+from hfspeech.training import SpeechTrainer
 
 
 def make_trainer(

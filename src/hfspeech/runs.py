@@ -1,10 +1,11 @@
-"""Run records: what was run, on what, by which command; one output folder, one run."""
+"""Run records: what was run, on what, by which command; one output folder, one run, and its whole checkpoints."""
 
 import contextlib
 import datetime
 import errno
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from .arguments import NOT_IDENTITY
@@ -21,7 +23,11 @@ from .errors import UserError
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
+PROGRESS_FILE = "progress.json"  # in each checkpoint
 PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
+
+logger = logging.getLogger("hfspeech")
+
 _NEEDED_BYTES = 50 * 2**20
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
@@ -138,6 +144,43 @@ def write_jsonl(path, rows):
         with part.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         os.replace(part, path)
+
+
+def last_checkpoint(output_dir, step=None):
+    """Returns the newest whole checkpoint folder, or that of one step, as a str; None if there is none."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    for folder in sorted(folders, key=lambda p: -int(p.name.split("-")[1])):
+        if step is not None and folder.name != f"checkpoint-{step}":
+            continue
+        if is_whole_checkpoint(folder):
+            return str(folder)
+    return None
+
+
+def remove_half_written(output_dir):
+    """Deletes the checkpoints of a run that were not written to their end: they would count among those to keep."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and not is_whole_checkpoint(folder):
+            logger.warning("%s is half-written: it is deleted", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_whole_checkpoint(folder):
+    """Tells whether a checkpoint was written to its end: Trainer writes its state last, and a disk may fill up before."""
+    import safetensors
+    from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+    folder = Path(folder)
+    weights = [folder / name for name in (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        for path in weights[:2]:
+            if path.exists():
+                safetensors.safe_open(path, "pt")
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+    return any(path.exists() for path in weights) and zipfile.is_zipfile(folder / "optimizer.pt")
 
 
 def environment():

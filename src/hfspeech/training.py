@@ -5,22 +5,17 @@ import json
 import logging
 import math
 import os
-import re
-import shutil
 import signal
 import time
-import zipfile
 from pathlib import Path
 
 import psutil
-import safetensors
 import torch
 from accelerate.utils import gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .batching import (
     COMPILED_LABELS,
@@ -34,11 +29,23 @@ from .errors import Interrupted, UserError
 from .hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
 from .modeling import EncoderOutputs, cut_at_bounds, decoder_input_ids, token_bounds, token_losses
 from .models import is_quantized, whisper_of
-from .runs import RESULTS_FILE, environment, peak_rss_bytes, read_json, require_space, write_json, write_jsonl, writing
+from .runs import (
+    PROGRESS_FILE,
+    RESULTS_FILE,
+    environment,
+    is_whole_checkpoint,
+    last_checkpoint,
+    peak_rss_bytes,
+    read_json,
+    remove_half_written,
+    require_space,
+    write_json,
+    write_jsonl,
+    writing,
+)
 
 _LOGGED = ("loss", "wer", "cer")
 PREDICTIONS_FILE = "predictions.jsonl"
-PROGRESS_FILE = "progress.json"
 ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
 MOST_BATCH_SECONDS = 3600.0  # a larger step is no faster on any GPU, and makes too few of them
 CACHED_LENGTHS = 32  # rows of a frozen encoder are rounded up to one of so many lengths, and meet only their like
@@ -223,7 +230,11 @@ class SpeechTrainer(Seq2SeqTrainer):
             full_window_share=args.full_window_share,
             batches_per_step=args.world_size * args.gradient_accumulation_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            num_lengths=CACHED_LENGTHS if self.encoder_outputs else COMPILED_LENGTHS if args.torch_compile else None,
+            num_lengths=CACHED_LENGTHS
+            if self.encoder_outputs is not None
+            else COMPILED_LENGTHS
+            if args.torch_compile
+            else None,
             same_length=self.encoder_outputs is not None,
         )
         return self._dataloader(dataset, self.train_sampler)
@@ -643,40 +654,6 @@ class _ProgressLines(ProgressCallback):
         else:
             return
         self.training_bar.write(f"step {state.global_step:5d}  {text}")
-
-
-def last_checkpoint(output_dir, step=None):
-    """Returns the newest whole checkpoint folder, or that of one step, as a str; None if there is none."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    for folder in sorted(folders, key=lambda p: -int(p.name.split("-")[1])):
-        if step is not None and folder.name != f"checkpoint-{step}":
-            continue
-        if is_whole_checkpoint(folder):
-            return str(folder)
-    return None
-
-
-def remove_half_written(output_dir):
-    """Deletes the checkpoints of a run that were not written to their end: they would count among those to keep."""
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", folder.name) and not is_whole_checkpoint(folder):
-            logger.warning("%s is half-written: it is deleted", folder)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_whole_checkpoint(folder):
-    """Tells whether a checkpoint was written to its end: Trainer writes its state last, and a disk may fill up before."""
-    folder = Path(folder)
-    weights = [folder / name for name in (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-        for path in weights[:2]:
-            if path.exists():
-                safetensors.safe_open(path, "pt")
-    except (OSError, ValueError, safetensors.SafetensorError):
-        return False
-    return any(path.exists() for path in weights) and zipfile.is_zipfile(folder / "optimizer.pt")
 
 
 def _read_predictions(path):
