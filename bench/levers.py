@@ -18,17 +18,17 @@ LORA_SETTINGS = {
 
 def _allocator():
     """The C library hands freed memory back to the system and fetches it anew."""
-    import hfspeech.training
+    import hfspeech.training.trainer
 
-    _require(hfspeech.training, "keep_freed_memory")
-    hfspeech.training.keep_freed_memory = lambda: None
+    _require(hfspeech.training.trainer, "keep_freed_memory")
+    hfspeech.training.trainer.keep_freed_memory = lambda: None
 
 
 def _target_tokens():
     """Logits and losses of every position, and all at once."""
     import torch
 
-    import hfspeech.modeling
+    import hfspeech.modeling.whisper
 
     def token_losses(head, hidden, labels, label_smoothing=0.0):
         losses = torch.nn.functional.cross_entropy(
@@ -36,8 +36,8 @@ def _target_tokens():
         )
         return losses[labels != -100]
 
-    _require(hfspeech.modeling, "token_losses")
-    hfspeech.modeling.token_losses = token_losses
+    _require(hfspeech.modeling.whisper, "token_losses")
+    hfspeech.modeling.whisper.token_losses = token_losses
 
 
 def _require(module, name):

@@ -28,7 +28,7 @@ from transformers import AutomaticSpeechRecognitionPipeline, WhisperForCondition
 from hfspeech.arguments import DataArguments
 from hfspeech.data import load_split
 from hfspeech.inference import joined, transcribe
-from hfspeech.models import quiet_transformers
+from hfspeech.models.loading import quiet_transformers
 from hfspeech.runs import environment, read_json, write_json
 from hfspeech.text import normalizer
 

@@ -39,9 +39,9 @@ def coverage(num_speakers, by_speaker):
 
 
 def main():
-    import hfspeech.metrics
+    import hfspeech.metrics.transcripts
 
-    hfspeech.metrics.MIN_SPEAKERS = 2  # to see what happens where the rule would already draw rows
+    hfspeech.metrics.transcripts.MIN_SPEAKERS = 2  # to see what happens where the rule would already draw rows
     result = {
         "environment": environment(),
         "tests": TESTS,

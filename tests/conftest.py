@@ -13,7 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything asks the Hub; te
 
 ROOT = Path(__file__).parent.parent
 NANO = ROOT / "assets/nano_whisper"
+NANO_SPEECHT5 = ROOT / "assets/nano_speecht5"
 DIGITS = ROOT / "assets/espeak_digits"
+VOICE = ROOT / "assets/flite_voice"
 NEW_DIGITS = ROOT / "assets/flite_digits"
 
 
@@ -38,6 +40,22 @@ def few_digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "digits"
     for split, count in (("train", 24), ("validation", 6), ("test", 8)):
         copy_rows(folder, split, count)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nano_speecht5_processor():
+    from transformers import SpeechT5Processor
+
+    return SpeechT5Processor.from_pretrained(NANO_SPEECHT5)
+
+
+@pytest.fixture(scope="session")
+def short_voice(tmp_path_factory):
+    """An audiofolder of one voice with 16 train, 4 validation and 4 test rows."""
+    folder = tmp_path_factory.mktemp("voice") / "voice"
+    for split, count in (("train", 16), ("validation", 4), ("test", 4)):
+        copy_rows(folder, split, count, VOICE)
     return folder
 
 

@@ -10,14 +10,14 @@ from conftest import ROOT
 from hfspeech.arguments import (
     DataArguments,
     LoraArguments,
-    SpeechTrainingArguments,
     WhisperArguments,
+    WhisperTrainingArguments,
     default_num_workers,
     parse,
 )
 from hfspeech.errors import UserError
 
-ALL = (DataArguments, WhisperArguments, LoraArguments, SpeechTrainingArguments)
+ALL = (DataArguments, WhisperArguments, LoraArguments, WhisperTrainingArguments)
 SHIPPED = sorted([*ROOT.glob("recipes/*/*.yaml"), *ROOT.glob("assets/*/*.yaml")])
 NEEDED = {"output_dir": "out", "model_name_or_path": "somewhere", "use_cpu": True}
 

@@ -164,7 +164,7 @@ ATTEMPTS = """
 from hfspeech.arguments import DataArguments, WhisperArguments
 from hfspeech.data import load_speech
 from hfspeech.errors import UserError
-from hfspeech.models import load_whisper
+from hfspeech.models.whisper import load_whisper
 for attempt in (
     lambda: load_whisper(WhisperArguments(model_name_or_path="owner/private", language="en")),
     lambda: load_whisper(WhisperArguments(model_name_or_path="owner/missing", language="en")),

@@ -16,7 +16,7 @@ from transformers import BertConfig, GenerationConfig, WhisperConfig, WhisperFor
 
 from hfspeech.audio import decode, write
 from hfspeech.cli import main
-from hfspeech.modeling import VariableLengthEncoder
+from hfspeech.modeling.whisper import VariableLengthEncoder
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NANO = ASSETS / "nano_whisper"

@@ -12,8 +12,8 @@ from conftest import ROOT
 from hfspeech.arguments import (
     DataArguments,
     LoraArguments,
-    SpeechTrainingArguments,
     WhisperArguments,
+    WhisperTrainingArguments,
     parse_arguments,
     read_arguments_file,
 )
@@ -72,7 +72,7 @@ def test_commands_parse(line):
 
 
 def parse_run(arguments_file, flags):
-    classes = (DataArguments, WhisperArguments, LoraArguments, SpeechTrainingArguments)
+    classes = (DataArguments, WhisperArguments, LoraArguments, WhisperTrainingArguments)
     parse_arguments(read_arguments_file(arguments_file), list(flags), classes)
 
 

@@ -14,8 +14,8 @@ from hfspeech.data import load_split
 from hfspeech.errors import UserError
 from hfspeech.inference import SORTED_BATCHES, evaluate_rows, find_pieces, joined, transcribe
 from hfspeech.metrics import TranscriptScore
-from hfspeech.modeling import make_fast
-from hfspeech.models import load_for_inference
+from hfspeech.modeling.whisper import make_fast
+from hfspeech.models.whisper import load_for_inference
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NANO = ASSETS / "nano_whisper"

@@ -9,14 +9,15 @@ from conftest import DIGITS, NANO, launch
 from peft import PeftModel
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
-from hfspeech import modeling
-from hfspeech.arguments import DataArguments, LoraArguments, SpeechTrainingArguments, WhisperArguments
+from hfspeech.arguments import DataArguments, LoraArguments, WhisperArguments, WhisperTrainingArguments
 from hfspeech.audio import decode
 from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech
 from hfspeech.metrics import TranscriptScore
-from hfspeech.models import add_lora, load_for_inference, load_whisper
-from hfspeech.training import SpeechTrainer
+from hfspeech.modeling import whisper as modeling
+from hfspeech.models.lora import add_lora
+from hfspeech.models.whisper import load_for_inference, load_whisper
+from hfspeech.training.whisper import WhisperTrainer
 
 
 def train(data, output_dir, steps=3, lora=False, **changes):
@@ -24,14 +25,14 @@ def train(data, output_dir, steps=3, lora=False, **changes):
     settings = {"max_steps": steps, "logging_steps": 1, "learning_rate": 1e-3, "report_to": ["none"]}
     settings |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     settings |= {"eval_on_start": False, "dataloader_num_workers": 0, "normalizer": "basic", **changes}
-    args = SpeechTrainingArguments(output_dir=str(output_dir), **settings)
+    args = WhisperTrainingArguments(output_dir=str(output_dir), **settings)
     args.run_arguments = {}
     set_seed(args.seed)
     model, processor = load_whisper(WhisperArguments(model_name_or_path=str(NANO), language="english", dropout=0.0))
     if lora:
         model = add_lora(model, LoraArguments(lora_r=4, lora_dropout=0.0))
     speech = load_speech(DataArguments(dataset_name=[str(data)]), processor, args.seed)
-    trainer = SpeechTrainer(
+    trainer = WhisperTrainer(
         model, args, speech["train"], speech["validation"], WhisperCollator(processor),
         TranscriptScore(processor, None, args.normalizer), processor,
     )  # fmt: skip

@@ -10,12 +10,13 @@ from torch.nn import functional
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hfspeech import modeling
 from hfspeech.arguments import LoraArguments, WhisperArguments
 from hfspeech.audio import decode
 from hfspeech.batching import WhisperCollator
-from hfspeech.modeling import EncoderOutputs, cut_at_bounds, make_fast, token_bounds, token_losses
-from hfspeech.models import add_lora, load_whisper
+from hfspeech.modeling import whisper as modeling
+from hfspeech.modeling.whisper import EncoderOutputs, cut_at_bounds, make_fast, token_bounds, token_losses
+from hfspeech.models.lora import add_lora
+from hfspeech.models.whisper import load_whisper
 
 
 def stock():

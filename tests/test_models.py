@@ -12,7 +12,9 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 from hfspeech.arguments import LoraArguments, WhisperArguments
 from hfspeech.audio import decode
 from hfspeech.errors import UserError
-from hfspeech.models import add_lora, language_code, load_for_inference, load_whisper, resolve, whisper_of
+from hfspeech.models.loading import base_of, resolve
+from hfspeech.models.lora import add_lora
+from hfspeech.models.whisper import language_code, load_for_inference, load_whisper
 
 
 def load(folder=NANO, language="english", **settings):
@@ -195,7 +197,7 @@ def adapter(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    whisper_of(model).generation_config.save_pretrained(folder)
+    base_of(model).generation_config.save_pretrained(folder)
     return folder
 
 

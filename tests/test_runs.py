@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 
 from hfspeech import runs
-from hfspeech.arguments import SpeechTrainingArguments, parse_arguments
+from hfspeech.arguments import WhisperTrainingArguments, parse_arguments
 from hfspeech.errors import UserError
 from hfspeech.runs import RUN_FILE, environment, open_run, read_json, require_space, write_json, write_jsonl, writing
 
 
 def arguments(output_dir, **settings):
     settings = {"output_dir": str(output_dir), "use_cpu": True, **settings}
-    return parse_arguments(settings, [], (SpeechTrainingArguments,))[0]
+    return parse_arguments(settings, [], (WhisperTrainingArguments,))[0]
 
 
 # One folder, one run

@@ -1,4 +1,4 @@
-"""What `SpeechTrainer` promises besides the right loss: nothing lost on a fault, finished runs, a fast path that agrees."""
+"""What `WhisperTrainer` promises besides the right loss: nothing lost on a fault, finished runs, a fast path that agrees."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from conftest import NANO
 from transformers import set_seed
 
-from hfspeech.arguments import DataArguments, LoraArguments, SpeechTrainingArguments, WhisperArguments
+from hfspeech.arguments import DataArguments, LoraArguments, WhisperArguments, WhisperTrainingArguments
 from hfspeech.augment import augment
 from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech
@@ -18,11 +18,13 @@ from hfspeech.data import rows as data_rows
 from hfspeech.errors import UserError
 from hfspeech.inference import transcribe
 from hfspeech.metrics import TranscriptScore
-from hfspeech.modeling import EncoderOutputs
-from hfspeech.models import add_lora, load_for_inference, load_whisper, whisper_of
+from hfspeech.modeling.whisper import EncoderOutputs
+from hfspeech.models.loading import base_of
+from hfspeech.models.lora import add_lora
+from hfspeech.models.whisper import load_for_inference, load_whisper
 from hfspeech.publish import publish
 from hfspeech.runs import is_whole_checkpoint, last_checkpoint
-from hfspeech.training import SpeechTrainer
+from hfspeech.training.whisper import WhisperTrainer
 
 
 def make_trainer(
@@ -31,7 +33,7 @@ def make_trainer(
     settings = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "report_to": ["none"], "eval_steps": 2}
     settings |= {"save_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0, "normalizer": "basic"}
     settings["encoder_window"] = "auto"
-    args = SpeechTrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
+    args = WhisperTrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
     args.run_arguments = {}
     set_seed(args.seed)
     model_settings = {"model_name_or_path": str(NANO), "language": "english", **(model_changes or {})}
@@ -41,7 +43,7 @@ def make_trainer(
     data_args = DataArguments(dataset_name=[str(data)], on_bad_audio=on_bad_audio, streaming=streaming)
     speech = load_speech(data_args, processor, args.seed)
     speech["train"] = augment(speech["train"], speeds, processor, args.seed)
-    trainer = SpeechTrainer(
+    trainer = WhisperTrainer(
         model, args, speech["train"], speech["validation"], WhisperCollator(processor, on_bad_audio),
         TranscriptScore(processor, None, args.normalizer), processor,
     )  # fmt: skip
@@ -216,7 +218,7 @@ def test_quantised_weights_need_lora(few_digits, tmp_path):
     model, _ = load_whisper(WhisperArguments(model_name_or_path=str(NANO), language="english"))
     model.quantization_method = "bitsandbytes"  # what transformers sets on a model that it has quantised
     with pytest.raises(UserError, match="use the LoRA recipe"):
-        SpeechTrainer(
+        WhisperTrainer(
             model, trainer.args, trainer.train_dataset, trainer.eval_dataset, trainer.data_collator,
             trainer.compute_metrics, trainer.processing_class,
         )  # fmt: skip
@@ -380,7 +382,7 @@ def test_a_frozen_encoder_is_run_once_for_each_row(few_digits, tmp_path, monkeyp
     audio, encoded = [], []
     decoder = data_rows.decode
     monkeypatch.setattr(data_rows, "decode", lambda *args, **kwargs: audio.append(1) or decoder(*args, **kwargs))
-    encoder = whisper_of(trainer.model).model.encoder
+    encoder = base_of(trainer.model).model.encoder
     encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
     anew, original = {}, trainer.compute_loss  # epoch → rows that are encoded in it
 
@@ -478,7 +480,7 @@ def test_a_model_tuned_unpadded_is_measured_both_ways(few_digits, tmp_path):
     trainer = make_trainer(few_digits, tmp_path / "auto", **QUIET)
     trainer.train_or_resume()
     frames = []
-    encoder = whisper_of(trainer.model).model.encoder
+    encoder = base_of(trainer.model).model.encoder
     encoder.register_forward_hook(lambda module, inputs, output: frames.append(inputs[0].shape[-1]))
     trainer.measure("after", trainer.speech)
     after = json.loads((tmp_path / "auto/results.json").read_text())["after"]
@@ -497,7 +499,7 @@ def test_a_model_tuned_unpadded_is_measured_both_ways(few_digits, tmp_path):
 def test_before_its_first_step_a_model_is_given_the_full_window(few_digits, tmp_path):
     trainer = make_trainer(few_digits, tmp_path, max_steps=2, eval_steps=1, save_steps=2)
     frames = []
-    encoder = whisper_of(trainer.model).model.encoder
+    encoder = base_of(trainer.model).model.encoder
     encoder.register_forward_hook(lambda m, inputs, out: None if m.training else frames.append(inputs[0].shape[-1]))
     trainer.measure("before", trainer.speech)
     assert set(frames) == {250} and "unpadded" not in trainer.results["before"]
@@ -577,7 +579,7 @@ def test_the_precision_of_a_cpu_depends_on_the_model(few_digits, tmp_path):
 
 
 def test_bf16_on_a_cpu_trains_and_measures(few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfspeech.training.can_train_in_bf16", lambda d_model: (True, "bf16: the test says so"))
+    monkeypatch.setattr("hfspeech.training.trainer.can_train_in_bf16", lambda d_model: (True, "bf16: the test says so"))
     trainer = make_trainer(
         few_digits, tmp_path, **QUIET, max_steps=30, model_changes=FROZEN, lora=False, full_window_share=0.0
     )
@@ -595,7 +597,7 @@ def test_bf16_on_a_cpu_trains_and_measures(few_digits, tmp_path, monkeypatch):
 
 
 def test_a_given_precision_is_kept(few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfspeech.training.can_train_in_bf16", lambda d_model: (True, "bf16: not asked"))
+    monkeypatch.setattr("hfspeech.training.trainer.can_train_in_bf16", lambda d_model: (True, "bf16: not asked"))
     trainer = make_trainer(few_digits, tmp_path, bf16=False, fp16=False)
     assert not trainer.args.bf16 and "bf16: not asked" not in trainer.args.choices
 

@@ -2,8 +2,10 @@
 
     apt-get install flite
     python assets/flite_digits/make.py --output_dir digits --num_train 500
+    python assets/flite_digits/make.py --output_dir voice --clean --voices slt --num_train 200
 
-One voice speaks in the test split only: its rows have the condition `new voice`, all others `seen voice`.
+One voice speaks in the test split only: its rows have the condition `new voice`, all others `seen voice`. With `--clean`
+the recordings are as a voice is recorded to be synthesised: one rate and pitch, no noise, no silence around the words.
 """
 
 import argparse
@@ -24,6 +26,9 @@ NATURAL_F0_HZ = {"slt": 180, "rms": 88, "kal16": 105, "awb": 115}  # rms ignores
 # The Scottish voice is the held-out one: the others are American, so it is new in speaker and in accent.
 NEW_VOICE = "awb"
 OGG_COMPRESSION_LEVEL = 0.95  # Opus at about 20 kbit/s
+CLEAN_COMPRESSION_LEVEL = 0.9  # and at about 30 kbit/s
+PEAK = 0.7
+EDGE = 800  # samples of silence that clean recordings keep: 50 ms
 
 
 def split_of(text):
@@ -76,17 +81,30 @@ def make_row(folder, split, number, seed, new_voice):
         spelled, duration_stretch = text, duration_stretch * 0.85
     audio = add_room_noise(rng, audio)
     audio *= rng.uniform(0.3, 0.9) / np.abs(audio).max()
-    file_name = f"{number:05d}.ogg"
-    soundfile.write(
-        folder / file_name,
-        audio,
-        SAMPLING_RATE,
-        format="OGG",
-        subtype="OPUS",
-        compression_level=OGG_COMPRESSION_LEVEL,
-    )
+    file_name = write_opus(folder, number, audio, OGG_COMPRESSION_LEVEL)
     condition = "new voice" if new_voice else "seen voice"
     return file_name, text, voice, f"{len(audio) / SAMPLING_RATE:.3f}", condition
+
+
+def make_clean_row(folder, split, number, seed, voices):
+    """Writes one utterance of one of the voices, as it is without any variation, and returns its metadata row."""
+    rng = np.random.default_rng([seed, ["train", "validation", "test"].index(split), number])
+    text, voice = draw_text(rng, split), voices[number % len(voices)]
+    audio = speak(text, voice, 1.0, NATURAL_F0_HZ[voice])
+    loud = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
+    audio = audio[max(loud[0] - EDGE, 0) : loud[-1] + EDGE]
+    audio *= PEAK / np.abs(audio).max()
+    file_name = write_opus(folder, number, audio, CLEAN_COMPRESSION_LEVEL)
+    return file_name, text, voice, f"{len(audio) / SAMPLING_RATE:.3f}"
+
+
+def write_opus(folder, number, audio, compression_level):
+    """Writes one recording and returns the name of its file."""
+    file_name = f"{number:05d}.ogg"
+    soundfile.write(
+        folder / file_name, audio, SAMPLING_RATE, format="OGG", subtype="OPUS", compression_level=compression_level
+    )
+    return file_name
 
 
 def main():
@@ -96,6 +114,8 @@ def main():
     parser.add_argument("--num_validation", type=int, default=60)
     parser.add_argument("--num_test", type=int, default=100, help="test rows of the seen voices")
     parser.add_argument("--num_test_new_voice", type=int, default=60, help="test rows of the held-out voice")
+    parser.add_argument("--clean", action="store_true", help="recordings to learn a voice from: nothing varies")
+    parser.add_argument("--voices", nargs="+", choices=NATURAL_F0_HZ, default=["slt"], help="voices of clean recordings")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if shutil.which("flite") is None:
@@ -104,14 +124,18 @@ def main():
     new_voices = {
         "train": [False] * args.num_train,
         "validation": [False] * args.num_validation,
-        "test": [False] * args.num_test + [True] * args.num_test_new_voice,
+        "test": [False] * args.num_test + [True] * args.num_test_new_voice * (not args.clean),
     }
     for split, flags in new_voices.items():
         folder = args.output_dir / split
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [make_row(folder, split, number, args.seed, flag) for number, flag in enumerate(flags)]
+        header = ("file_name", "text", "speaker", "duration", "condition")
+        if args.clean:
+            header = header[:4]
+            rows = [make_clean_row(folder, split, number, args.seed, args.voices) for number in range(len(flags))]
+        else:
+            rows = [make_row(folder, split, number, args.seed, flag) for number, flag in enumerate(flags)]
         with open(folder / "metadata.csv", "w", newline="") as file:
-            header = ("file_name", "text", "speaker", "duration", "condition")
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
         print(f"{split}: {len(rows)} utterances, {sum(float(row[3]) for row in rows) / 60:.1f} minutes")
 

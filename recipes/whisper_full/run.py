@@ -7,22 +7,22 @@ accelerate launch recipes/whisper_full/run.py --learning_rate 1e-5             #
 
 from transformers import set_seed
 
-from hfspeech.arguments import DataArguments, SpeechTrainingArguments, WhisperArguments, parse
+from hfspeech.arguments import DataArguments, WhisperTrainingArguments, WhisperArguments, parse
 from hfspeech.augment import augment
 from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech
 from hfspeech.errors import explain_errors
 from hfspeech.metrics import TranscriptScore
-from hfspeech.models import load_whisper
+from hfspeech.models.whisper import load_whisper
 from hfspeech.publish import publish
 from hfspeech.runs import open_run
-from hfspeech.training import SpeechTrainer
+from hfspeech.training.whisper import WhisperTrainer
 
 
 @explain_errors
 def main():
     # Arguments: the file beside this one, then whatever the command line changes.
-    data_args, model_args, train_args = parse(__file__, DataArguments, WhisperArguments, SpeechTrainingArguments)
+    data_args, model_args, train_args = parse(__file__, DataArguments, WhisperArguments, WhisperTrainingArguments)
 
     # Run: a new output folder, or the one in which this same run stopped.
     open_run(train_args)
@@ -36,7 +36,7 @@ def main():
     speech["train"] = augment(speech["train"], data_args.speed_perturbation, processor, train_args.seed)
 
     # Trainer: the ordinary Seq2SeqTrainer, plus length bucketing, a loss that is right and a record of the run.
-    trainer = SpeechTrainer(
+    trainer = WhisperTrainer(
         model=model,
         args=train_args,
         train_dataset=speech["train"],

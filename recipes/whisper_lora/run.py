@@ -7,23 +7,24 @@ accelerate launch recipes/whisper_lora/run.py --learning_rate 1e-4             #
 
 from transformers import set_seed
 
-from hfspeech.arguments import DataArguments, LoraArguments, SpeechTrainingArguments, WhisperArguments, parse
+from hfspeech.arguments import DataArguments, LoraArguments, WhisperTrainingArguments, WhisperArguments, parse
 from hfspeech.augment import augment
 from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech
 from hfspeech.errors import explain_errors
 from hfspeech.metrics import TranscriptScore
-from hfspeech.models import add_lora, load_whisper
+from hfspeech.models.lora import add_lora
+from hfspeech.models.whisper import load_whisper
 from hfspeech.publish import publish
 from hfspeech.runs import open_run
-from hfspeech.training import SpeechTrainer
+from hfspeech.training.whisper import WhisperTrainer
 
 
 @explain_errors
 def main():
     # Arguments: the file beside this one, then whatever the command line changes.
     data_args, model_args, lora_args, train_args = parse(
-        __file__, DataArguments, WhisperArguments, LoraArguments, SpeechTrainingArguments
+        __file__, DataArguments, WhisperArguments, LoraArguments, WhisperTrainingArguments
     )
 
     # Run: a new output folder, or the one in which this same run stopped.
@@ -39,7 +40,7 @@ def main():
     speech["train"] = augment(speech["train"], data_args.speed_perturbation, processor, train_args.seed)
 
     # Trainer: the ordinary Seq2SeqTrainer, plus length bucketing, a loss that is right and a record of the run.
-    trainer = SpeechTrainer(
+    trainer = WhisperTrainer(
         model=model,
         args=train_args,
         train_dataset=speech["train"],

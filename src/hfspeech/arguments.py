@@ -53,6 +53,9 @@ class DataArguments:
     speaker_column_name: str = field(
         default=None, metadata={"help": "Column of the speaker, for intervals and for carving validation."}
     )
+    speaker_embedding_column_name: str = field(
+        default=None, metadata={"help": "Column that holds each row's speaker embedding already (SpeechT5)."}
+    )
     group_columns: list[str] = field(
         default=None, metadata={"help": "Columns whose values get an error rate each, such as accent or speaker."}
     )
@@ -77,7 +80,8 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read rows as they come instead of downloading first."})
     min_duration_in_seconds: float = field(default=0.1, metadata={"help": "Shorter recordings are left out."})
     max_duration_in_seconds: float = field(
-        default=None, metadata={"help": "Longer recordings are left out. Default: the model's window (30 s)."}
+        default=None,
+        metadata={"help": "Longer recordings are left out. Default: Whisper's window (30 s), 20 s for SpeechT5."},
     )
     max_train_samples: int = field(default=None, metadata={"help": "Use only the first rows of train."})
     max_eval_samples: int = field(default=None, metadata={"help": "Use only the first rows of validation."})
@@ -146,6 +150,66 @@ class WhisperArguments:
 
 
 @dataclass
+class SpeechT5Arguments:
+    """Which SpeechT5 to start from, whose voices it hears, and who listens to what it says."""
+
+    model_name_or_path: str = field(default=None, metadata={"help": "SpeechT5 to start from: Hub id or local folder."})
+    config_name: str = field(
+        default=None,
+        metadata={"help": "Folder or Hub id with a configuration and tokenizer but no weights: train from scratch."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    language: str = field(default="en", metadata={"help": "Language of the text, as a code, to spell numbers out."})
+    spell_out: bool = field(
+        default=True, metadata={"help": "Write numbers, currencies and abbreviations as they are spoken."}
+    )
+    add_characters: str = field(
+        default=None, metadata={"help": "Characters that the tokenizer lacks and is to learn, such as äöüß."}
+    )
+    use_guided_attention_loss: bool = field(
+        default=True, metadata={"help": "Press the attention towards the diagonal, as SpeechT5 does by itself."}
+    )
+    vocoder: str = field(
+        default="hifigan",
+        metadata={"help": "From spectrogram to sound: hifigan, griffin_lim, or path or Hub id of a SpeechT5HifiGan."},
+    )
+    speaker_encoder: str = field(
+        default="microsoft/wavlm-base-plus-sv",
+        metadata={
+            "help": "What makes a speaker embedding of a recording: mel_statistics, a WavLMForXVector, or speechbrain/..."
+        },
+    )
+    speaker_embedding_per: str = field(
+        default="speaker",
+        metadata={
+            "help": "One embedding for each speaker, each utterance, or the whole dataset (one voice).",
+            "choices": ["speaker", "utterance", "dataset"],
+        },
+    )
+    speaker_embeddings_file: str = field(
+        default=None,
+        metadata={"help": "File of speaker embeddings: .safetensors (speaker to vector) or .npy (one for all)."},
+    )
+    asr_model_name_or_path: str = field(
+        default="openai/whisper-base", metadata={"help": "Whisper that listens to what is synthesised."}
+    )
+    asr_language: str = field(default=None, metadata={"help": "Language that it hears. Default: that of the text."})
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen model in 8 bits under LoRA (CUDA and bitsandbytes)."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen model in 4 bits under LoRA (CUDA and bitsandbytes)."}
+    )
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise UserError(
+                "Say which model to start from with --model_name_or_path (or --config_name to train from scratch), "
+                "one of the two."
+            )
+
+
+@dataclass
 class LoraArguments:
     """The adapter's shape; the names are those of peft's LoraConfig, as TRL spells them."""
 
@@ -196,33 +260,11 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     dataloader_num_workers: int = field(
         default=None, metadata={"help": "Processes that decode audio. Default: the cores, at most 8 a process."}
     )
-    encoder_window: str = field(
-        default="full",
-        metadata={
-            "help": "Seconds that the encoder is given in training: always its full window, or what a batch needs, "
-            "which is several times faster for short utterances; docs/performance.md says what it costs.",
-            "choices": ["auto", "full"],
-        },
-    )
-    full_window_share: float = field(
-        default=0.25,
-        metadata={"help": "Share of the steps that auto pads to the full window, with fewer rows at the same cost."},
-    )
     max_batch_seconds: str = field(
         default=None,
         metadata={
             "help": "Seconds of padded audio in a batch of each device, instead of a number of rows; auto looks for "
             "the most that fits on the GPU."
-        },
-    )
-    cache_encoder_outputs: bool = field(
-        default=True, metadata={"help": "Run a frozen encoder once for each row, if nothing changes the rows."}
-    )
-    generation_cache_implementation: str = field(
-        default="dynamic",
-        metadata={
-            "help": "Key and value cache in evaluation; transformers compiles the decoder for static on a GPU.",
-            "choices": ["dynamic", "static"],
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows are decoded late."})
@@ -241,8 +283,6 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             raise UserError("Say where the run may write with --output_dir FOLDER.")
         if self.hub_token:  # every checkpoint would hold it, readable
             raise UserError("--hub_token is not taken: type `hf auth login` once, or set HF_TOKEN.")
-        if not 0 <= self.full_window_share <= 1:
-            raise UserError(f"--full_window_share has to lie between 0 and 1, not at {self.full_window_share:g}.")
         if self.max_batch_seconds not in (None, "auto"):
             self.max_batch_seconds = _positive_number(self.max_batch_seconds, "--max_batch_seconds", "or auto")
         self.choices = []
@@ -279,6 +319,46 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
         self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
         super().__post_init__()
+
+
+@dataclass
+class WhisperTrainingArguments(SpeechTrainingArguments):
+    """`SpeechTrainingArguments` and what only a Whisper has: a window."""
+
+    encoder_window: str = field(
+        default="full",
+        metadata={
+            "help": "Seconds that the encoder is given in training: always its full window, or what a batch needs, "
+            "which is several times faster for short utterances; docs/performance.md says what it costs.",
+            "choices": ["auto", "full"],
+        },
+    )
+    full_window_share: float = field(
+        default=0.25,
+        metadata={"help": "Share of the steps that auto pads to the full window, with fewer rows at the same cost."},
+    )
+    cache_encoder_outputs: bool = field(
+        default=True, metadata={"help": "Run a frozen encoder once for each row, if nothing changes the rows."}
+    )
+    generation_cache_implementation: str = field(
+        default="dynamic",
+        metadata={
+            "help": "Key and value cache in evaluation; transformers compiles the decoder for static on a GPU.",
+            "choices": ["dynamic", "static"],
+        },
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.full_window_share <= 1:
+            raise UserError(f"--full_window_share has to lie between 0 and 1, not at {self.full_window_share:g}.")
+        super().__post_init__()
+
+
+@dataclass
+class SpeechT5TrainingArguments(SpeechTrainingArguments):
+    """`SpeechTrainingArguments` with what decides in speech synthesis: whether the words can be understood."""
+
+    metric_for_best_model: str = field(default="cer", metadata={"help": "Validation figure that decides."})
 
 
 def _positive_number(value, flag, otherwise):
@@ -413,7 +493,7 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
 _DATASET_SETTINGS = {
     "dataset_config_name", "dataset_revision", "dataset_weights", "train_split_name", "eval_split_name",
     "test_split_name", "audio_column_name", "text_column_name", "id_column_name", "speaker_column_name",
-    "group_columns",
+    "speaker_embedding_column_name", "group_columns",
 }  # fmt: skip
 
 

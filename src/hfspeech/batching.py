@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from .audio import SAMPLING_RATE, log_mel_spectrogram
 from .text import labels_of
 
 # A recording may outlast the model's window by this much, which is cut off: its times are rounded somewhere.
@@ -19,6 +21,12 @@ MOST_EVAL_ROWS = 8
 # What --torch_compile true is given to compile: so many lengths of audio, and labels in multiples of so many tokens.
 COMPILED_LENGTHS = 16
 COMPILED_LABELS = 16
+
+
+# What counts as silence at the ends of a recording that speech is learnt from, and how much of it stays.
+SILENCE_DB = 40
+EDGE_S = 0.05
+FRAME_S = 0.016  # of SpeechT5's spectrograms
 
 
 class WhisperCollator:
@@ -125,6 +133,107 @@ class WhisperCollator:
         return labels
 
 
+class SpeechT5Collator:
+    """Turns decoded rows into one batch for SpeechT5; runs in the dataloader's workers and writes nothing to disk.
+
+    Silence at the ends of a recording is cut off, or the model never learns when to stop.
+
+    Args:
+        processor: `SpeechT5Processor`.
+        front_end: `TextFrontEnd`, from text to what is spoken and to tokens.
+        voices: `Voices`, the speaker embedding of every row.
+        config: `SpeechT5Config`, for the limits on text and speech.
+        on_bad_audio: as for `WhisperCollator`.
+
+    Calling it with a list of rows (see `WhisperCollator`) returns a dict:
+        input_ids, attention_mask: (batch, tokens) int64, the text, padded.
+        labels: (batch, frames, num_mel_bins) float32, log10 mel spectrograms padded with -100; each row has a multiple of
+            `reduction_factor` frames, its last one repeated where it has not.
+        speaker_embeddings: (batch, speaker_embedding_dim) float32.
+        waveforms: list of float32 arrays of shape (samples,), the recordings without the silence at their ends.
+        trimmed_s: list of float, seconds of silence cut off of each row.
+        index, duration_s, bad_audio, left_out, fatal: as of `WhisperCollator`.
+    A batch without a good row has one frame of silence, and nothing but -100 behind it.
+    """
+
+    def __init__(self, processor, front_end, voices, config, on_bad_audio="error"):
+        self.processor, self.front_end, self.voices = processor, front_end, voices
+        self.on_bad_audio = on_bad_audio
+        self.reduction_factor = config.reduction_factor
+        self.max_text_positions = config.max_text_positions
+        self.max_frames = config.max_speech_positions * config.reduction_factor
+
+    def __call__(self, rows):
+        bad_audio = [row["bad_audio"] for row in rows if row.get("bad_audio")]
+        good, labels, waveforms, ids = [], [], [], []
+        for row in rows:
+            if row["waveform"] is None:
+                continue
+            waveform = trimmed(row["waveform"])
+            spectrogram = self.spectrogram(waveform)
+            tokens = self.front_end.ids(row["text"])
+            fault = self._fault(spectrogram, tokens)
+            if fault:
+                bad_audio.append(f"row {row['row']}, {row['id']}: {fault}")
+                continue
+            good.append(row)
+            labels.append(spectrogram)
+            waveforms.append(waveform)
+            ids.append(torch.tensor(tokens))
+        num_mel_bins = self.processor.feature_extractor.num_mel_bins
+        if not good:
+            labels, ids = (
+                [torch.full((self.reduction_factor, num_mel_bins), -100.0)],
+                [torch.zeros(1, dtype=torch.long)],
+            )
+        pad = self.processor.tokenizer.pad_token_id
+        embeddings = [self.voices.of(row) for row in good] or [torch.zeros(self.voices.dim)]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100.0),
+            "speaker_embeddings": torch.stack(embeddings),
+            "waveforms": waveforms,
+            "trimmed_s": [
+                len(row["waveform"]) / SAMPLING_RATE - len(waveform) / SAMPLING_RATE
+                for row, waveform in zip(good, waveforms)
+            ],
+            "index": [row.get("index") for row in good],
+            "duration_s": [row["duration_s"] for row in good],
+            "bad_audio": bad_audio,
+            "left_out": [entry for row in rows for entry in row.get("left_out") or []],
+            "fatal": [row["fatal"] for row in rows if row.get("fatal")],
+        }
+
+    def spectrogram(self, waveform):
+        """Returns the log10 mel spectrogram of a waveform, (frames, num_mel_bins), frames a multiple of the reduction."""
+        found = log_mel_spectrogram(waveform, self.processor.feature_extractor)
+        missing = -len(found) % self.reduction_factor
+        return torch.cat([found, found[-1:].expand(missing, -1)])
+
+    def _fault(self, spectrogram, tokens):
+        if len(spectrogram) > self.max_frames:
+            return (
+                f"lasts {len(spectrogram) * FRAME_S:.1f} s, longer than the model's {self.max_frames * FRAME_S:.0f} s"
+            )
+        if len(tokens) > self.max_text_positions:
+            return f"its text has {len(tokens)} tokens, more than the model's {self.max_text_positions}"
+        return None
+
+
+def trimmed(waveform):
+    """Returns a recording without the silence at its ends: all that is 40 dB under its loudest 25 ms, but for 50 ms."""
+    waveform = np.asarray(waveform, dtype=np.float32)
+    block = round(0.025 * SAMPLING_RATE)
+    whole = len(waveform) // block * block
+    if whole < 2 * block:
+        return waveform
+    power = np.square(waveform[:whole].reshape(-1, block)).mean(axis=1)
+    loud = np.flatnonzero(power > power.max() * 10 ** (-SILENCE_DB / 10))
+    edge = round(EDGE_S * SAMPLING_RATE)
+    return waveform[max(loud[0] * block - edge, 0) : (loud[-1] + 1) * block + edge]
+
+
 class LengthBatchSampler(torch.utils.data.Sampler):
     """Draws training batches of rows of like length, all batches of one optimizer step at the same cost.
 
@@ -146,6 +255,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
         batches_per_step: processes times accumulation steps. Consecutive batches make a step.
         seed: int.
         num_lengths: round the padded length up to one of so many; None for no rounding.
+        tail_s: seconds of silence behind the longest row of a batch that `auto` draws from, (least, most).
         same_length: put only rows together that are rounded to the same length, which has no random tail then: a
             row's padded length never changes.
         pool_steps: steps in one pool; more means less padding and less randomness.
@@ -154,6 +264,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
     def __init__(
         self, durations_s, window_s, batch_size=None, max_batch_seconds=None, encoder_window="auto",
         full_window_share=0.0, batches_per_step=1, seed=0, num_lengths=None, same_length=False, pool_steps=50,
+        tail_s=TRAIN_TAIL_S,
     ):  # fmt: skip
         self.window_s = window_s
         self.batch_size = None  # its absence tells accelerate that batches differ in size
@@ -167,7 +278,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
             self.tail_s, self.lengths_s = (0.0, 0.0), np.full(len(durations_s), float(window_s))
             self.sort_by = durations_s  # the labels, too, are of like length then
         else:
-            self.tail_s = (TAIL_S, TAIL_S) if same_length else TRAIN_TAIL_S
+            self.tail_s = (TAIL_S, TAIL_S) if same_length else tail_s
             self.lengths_s = self.sort_by = durations_s
             if same_length:
                 self.sort_by = self._rounded(durations_s + TAIL_S)

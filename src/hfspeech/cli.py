@@ -1,18 +1,25 @@
-"""The `hfspeech` command: check a run before paying for it, evaluate any Whisper, transcribe recordings.
+"""The `hfspeech` command: check a run before paying for it, evaluate any Whisper, transcribe recordings, and speak
+texts with any SpeechT5.
 
 Each command imports what it needs when it is called, so that `hfspeech --help` answers at once.
 """
 
 import argparse
 import contextlib
+import csv
 import json
 import sys
+import time
 from pathlib import Path
 
 from .errors import UserError, explain_errors, nearest
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".mp4", ".aac", ".webm", ".wma")
 SUBTITLE_S = 8.0  # longest subtitle, so that it can be read at a glance
+SPOKEN_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")  # what speech can be written as
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+# What heard the voices that microsoft/speecht5_tts was trained with; a model that says nothing of its own is its child.
+STOCK_SPEAKER_ENCODER = "speechbrain/spkrec-xvect-voxceleb"
 
 
 @explain_errors
@@ -44,7 +51,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _build_parser():
     parser = _Parser(
-        prog="hfspeech", description="Fine-tune Whisper: check, evaluate, transcribe.", allow_abbrev=False
+        prog="hfspeech",
+        description="Fine-tune Whisper and SpeechT5: check, evaluate, transcribe, synthesize.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
@@ -110,6 +119,39 @@ def _build_parser():
     )
     transcribe.set_defaults(run=_transcribe)
 
+    synthesize = commands.add_parser(
+        "synthesize",
+        help="speak texts of any length",
+        description="Speaks texts of any length with a SpeechT5. A table of texts becomes a folder of recordings; a "
+        "broken row is reported and passed over (exit code 1).",
+        allow_abbrev=False,
+    )
+    synthesize.add_argument("model", metavar="MODEL", help="SpeechT5 or adapter of one: folder or Hub id")
+    what = synthesize.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", help="what to say")
+    what.add_argument(
+        "--file",
+        type=Path,
+        help="what to say: a .txt; or a .csv, .tsv or .jsonl with a column text and, if you like, file_name or id, "
+        "speaker, voice (a recording)",
+    )
+    whose = synthesize.add_mutually_exclusive_group()
+    whose.add_argument("--voice", type=Path, metavar="REF.wav", help="a recording of the voice, 3 s or more")
+    whose.add_argument("--speaker", metavar="NAME", help="one of the model's own voices (default: its only one)")
+    whose.add_argument("--speaker_embedding", type=Path, metavar="FILE.npy", help="the voice as 512 numbers")
+    synthesize.add_argument("--output", type=Path, required=True, help="recording to write, or folder of a table's")
+    synthesize.add_argument("--speed", type=float, default=1.0, help="2 is twice as fast, 0.5 half (default: 1.0)")
+    synthesize.add_argument("--seed", type=_not_negative, default=0, help="another one says it another way (default: 0)")
+    synthesize.add_argument(
+        "--vocoder",
+        help="from spectrogram to sound: hifigan, griffin_lim, or a SpeechT5HifiGan (default: the model's own, or hifigan)",
+    )
+    synthesize.add_argument("--language", help="language of the text (default: the model's own, or en)")
+    synthesize.add_argument("--speaker_encoder", help="what listens to --voice (default: the model's own)")
+    synthesize.add_argument("--batch_size", type=_positive, default=8, help="sentences spoken at once (default: 8)")
+    synthesize.add_argument("--model_revision", default="main", help="branch, tag or commit of the model on the Hub")
+    synthesize.set_defaults(run=_synthesize)
+
     own_window = {evaluate: "full, as any other tool does it", transcribe: "as the model was trained"}
     own_language = {evaluate: "the model's own", transcribe: "the model's own, or guessed for each piece"}
     for command in (evaluate, transcribe):
@@ -134,7 +176,14 @@ def _positive(text):
     return number
 
 
-_positive.__name__ = "whole number"  # argparse names the type in its message
+def _not_negative(text):
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+_positive.__name__ = _not_negative.__name__ = "whole number"  # argparse names the type in its message
 
 
 # transcribe
@@ -145,7 +194,7 @@ def _transcribe(args):
 
     from .audio import BadAudio, decode, duration_s
     from .inference import transcribe
-    from .models import enough_memory
+    from .models.loading import enough_memory
     from .runs import claim_folder
 
     files = _audio_files(args.files)
@@ -259,7 +308,8 @@ def _evaluate(args):
     from .data import load_split
     from .inference import evaluate_rows
     from .metrics import TranscriptScore
-    from .models import enough_memory, set_language
+    from .models.loading import enough_memory
+    from .models.whisper import set_language
     from .runs import claim_folder, environment, write_json, write_jsonl
 
     if args.output:
@@ -347,11 +397,90 @@ def _check(args):
     return 0
 
 
+# synthesize
+
+
+def _synthesize(args):
+    from tqdm import tqdm
+
+    from .models.loading import enough_memory, quiet_transformers
+    from .models.speecht5 import load_speecht5_for_inference
+    from .models.vocoders import load_vocoder
+    from .spelling import TextFrontEnd, unknown_characters, unknown_report
+    from .synthesis import check_speed, max_piece_tokens, split_text, synthesize
+
+    check_speed(args.speed)
+    is_table = args.file is not None and args.file.suffix.lower() in TABLE_SUFFIXES
+    rows = _rows_to_say(args.file) if is_table else [{"name": args.file, "text": _text_to_say(args)}]
+    _claim_output(args, is_table)
+
+    quiet_transformers()
+    model, processor, settings, speakers = load_speecht5_for_inference(args.model, args.model_revision)
+    front_end = TextFrontEnd(
+        processor.tokenizer, _language(args.language or settings.get("language") or "en"), settings.get("spell_out", True)
+    )
+    voices = _Voices(args, rows, model.config.speaker_embedding_dim, settings, speakers)
+    targets = {}
+    for row in rows:
+        try:
+            split_text(row["text"] or "", front_end, max_piece_tokens(model.config))  # says so if there is nothing to say
+            row["speaker"], row["embedding"] = voices.of(row)
+            target = _target(args.output, row) if is_table else args.output
+            if target in targets:
+                raise UserError(f"It would be written to {target}, as {targets[target]['name']} is: name it otherwise.")
+            targets[target] = row
+        except UserError as reason:
+            if not is_table:
+                raise
+            print(f"{row['name']}: {reason}", file=sys.stderr)
+    good, num_broken = list(targets.values()), len(rows) - len(targets)
+    if not good:
+        raise UserError(f"No row of {args.file} can be spoken: mend them as said above.")
+    unknown = unknown_characters(front_end, [row["text"] for row in good])
+    if unknown:
+        print(f"The model's tokenizer lacks characters of the text: {unknown_report(unknown)}.", file=sys.stderr)
+    vocoder = load_vocoder(args.vocoder or settings.get("vocoder") or "hifigan")
+
+    texts = [row["text"] for row in good]
+    found = synthesize(
+        model,
+        processor,
+        front_end,
+        vocoder,
+        texts,
+        [row["embedding"] for row in good],
+        args.seed,
+        args.speed,
+        args.batch_size,
+        on_progress=(
+            bar := tqdm(total=sum(map(len, texts)), unit=" characters", unit_scale=True, desc="speaking", disable=None)
+        ).update,
+    )
+    seconds, start = 0.0, time.perf_counter()
+    with enough_memory(), bar, _writing_speech(args.output), contextlib.ExitStack() as stack:
+        if is_table:
+            table = csv.writer(stack.enter_context((args.output / "metadata.csv").open("w", newline="", encoding="utf-8")))
+            table.writerow(["file_name", "text", "speaker", "seconds"])
+        for (target, row), spoken in zip(targets.items(), found):
+            _write_speech(target, spoken.waveform)
+            duration_s = len(spoken.waveform) / 16000
+            seconds += duration_s
+            if is_table:
+                name = target.relative_to(args.output).as_posix()
+                table.writerow([name, row["text"], row["speaker"], round(duration_s, 3)])
+    spent = time.perf_counter() - start
+    print(f"{args.output}: {seconds:.1f} s of speech, made in {spent:.1f} s (real-time factor {spent / seconds:.2f}).")
+    if num_broken:
+        print(f"{num_broken} of {len(rows)} rows could not be spoken.", file=sys.stderr)
+    return 1 if num_broken else 0
+
+
 # shared
 
 
 def _load_model(args):
-    from .models import load_for_inference, quiet_transformers
+    from .models.loading import quiet_transformers
+    from .models.whisper import load_for_inference
 
     quiet_transformers()
     return load_for_inference(args.model, args.model_revision, args.language, args.task)

@@ -9,7 +9,8 @@ import torch
 
 from .batching import TAIL_S, LongestFirstSampler, WhisperCollator
 from .errors import UserError
-from .modeling import VariableLengthEncoder, cut_at_bounds, make_fast, token_bounds
+from .modeling.whisper import VariableLengthEncoder, cut_at_bounds, make_fast, token_bounds
+from .models.whisper import load_for_inference
 
 FRAME_S = 0.02  # step at which loudness is measured
 SMOOTHING_FRAMES = 10  # loudness is averaged over 0.2 s: shorter gaps are stops inside a word, not pauses
@@ -137,6 +138,25 @@ def find_pieces(waveform, sampling_rate, max_piece_s):
         pieces.append((int(start) * frame, min(int(end) * frame, len(waveform))))
         position = cut
     return pieces
+
+
+class Listener:
+    """A Whisper that writes down what it hears: the judge of synthesised speech.
+
+    Args:
+        name_or_path: Hub id or folder of a Whisper, or of an adapter of one.
+        language: name or code; None for what the model's generation config says.
+        batch_size: recordings heard at once.
+
+    Calling it with a list of float32 waveforms (16 kHz) returns a list of texts.
+    """
+
+    def __init__(self, name_or_path, language=None, batch_size=16):
+        self.model, self.processor = load_for_inference(name_or_path, language=language)
+        self.batch_size = batch_size
+
+    def __call__(self, waveforms):
+        return [joined(segments) for segments in transcribe(self.model, self.processor, waveforms, self.batch_size)]
 
 
 def evaluate_rows(

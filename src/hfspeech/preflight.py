@@ -13,21 +13,31 @@ from transformers.trainer_utils import has_length
 from .arguments import (
     DataArguments,
     LoraArguments,
-    SpeechTrainingArguments,
+    SpeechT5Arguments,
+    SpeechT5TrainingArguments,
     WhisperArguments,
+    WhisperTrainingArguments,
     parse_arguments,
     read_arguments_file,
 )
 from .augment import augment
-from .batching import TRAIN_TAIL_S, WhisperCollator
+from .batching import TRAIN_TAIL_S, SpeechT5Collator, WhisperCollator
 from .data import load_speech
 from .errors import UserError
-from .metrics import TranscriptScore
-from .modeling import decoder_input_ids
-from .models import add_lora, enough_memory, load_whisper, quiet_transformers, whisper_of
+from .inference import Listener
+from .metrics import SynthesisScore, TranscriptScore
+from .modeling.whisper import decoder_input_ids
+from .models.loading import base_of, enough_memory, quiet_transformers
+from .models.lora import add_lora
+from .models.speecht5 import load_speecht5
+from .models.vocoders import load_vocoder
+from .models.whisper import load_whisper
 from .runs import RUN_FILE, claim_folder, peak_rss_bytes, require_space
 from .text import label_ids
-from .training import ADAM_BYTES_PER_PARAMETER, SpeechTrainer
+from .training.speecht5 import SpeechT5Trainer
+from .training.trainer import ADAM_BYTES_PER_PARAMETER
+from .training.whisper import WhisperTrainer
+from .voices import find_voices, load_speaker_encoder
 
 CHECKED_ROWS = 20
 SHOWN_ROWS = 3
@@ -50,10 +60,10 @@ def check(arguments_file, flags=(), overfit=False):
     settings = read_arguments_file(arguments_file)
     given = [*settings, *(flag.partition("=")[0].lstrip("-") for flag in flags if flag.startswith("--"))]
     recipe = Path(arguments_file).with_name("run.py")
-    with_lora = any(name.startswith("lora_") or name == "use_dora" for name in given) or (
-        recipe.exists() and "LoraArguments" in recipe.read_text(encoding="utf-8")
-    )
-    types = [DataArguments, WhisperArguments, SpeechTrainingArguments, *([LoraArguments] if with_lora else [])]
+    story = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+    with_lora = any(name.startswith("lora_") or name == "use_dora" for name in given) or "LoraArguments" in story
+    family = _SpeechT5 if "SpeechT5Arguments" in story else _Whisper
+    types = [DataArguments, *family.arguments, *([LoraArguments] if with_lora else [])]
     data_args, model_args, train_args, *lora_args = parse_arguments(settings, flags, types, source=arguments_file)
     _passed("arguments", f"{'; '.join([str(arguments_file), *train_args.choices])}")
 
@@ -65,9 +75,10 @@ def check(arguments_file, flags=(), overfit=False):
 
     quiet_transformers()
     set_seed(train_args.seed)
-    model, processor = load_whisper(model_args)
+    run = family(data_args, model_args, train_args)
     if with_lora:
-        model = add_lora(model, lora_args[0])
+        run.model = add_lora(run.model, lora_args[0])
+    model = run.model
     num_parameters = sum(p.numel() for p in model.parameters())
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _require_space(existing, model, train_args)
@@ -78,8 +89,7 @@ def check(arguments_file, flags=(), overfit=False):
         f"({'LoRA' if with_lora else 'no LoRA'})",
     )
 
-    speech = load_speech(data_args, processor, train_args.seed, model.config.max_target_positions)
-    speech["train"] = augment(speech["train"], data_args.speed_perturbation, processor, train_args.seed)
+    speech = run.load_speech()
     sizes = (f"{name} {len(rows) if has_length(rows) else 'streamed'}" for name, rows in speech.items())
     _passed("data", f"rows left for {', '.join(sizes)}")
 
@@ -96,20 +106,12 @@ def check(arguments_file, flags=(), overfit=False):
 
     with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes its output folder, and a check leaves none
         train_args.output_dir, train_args.report_to, train_args.disable_tqdm = nowhere, [], True
-        collator = WhisperCollator(processor, data_args.on_bad_audio)
-        trainer = SpeechTrainer(
-            model=model,
-            args=train_args,
-            train_dataset=train,
-            eval_dataset=speech["validation"],
-            data_collator=collator,
-            compute_metrics=TranscriptScore(processor, data_args.group_columns, train_args.normalizer),
-            processing_class=processor,
-        )
+        trainer = run.trainer(speech)
+        collator = trainer.data_collator
         trainer.choose_max_batch_seconds()
         batch = next(iter(trainer.get_train_dataloader()))
-        _show_batch(trainer, batch)
-        worst = _check_labels(trainer, train, collator) if has_length(train) else batch
+        run.show_batch(trainer, batch)
+        worst = run.worst_batch(trainer, train) if has_length(train) else batch
         with enough_memory("halve --per_device_train_batch_size and double --gradient_accumulation_steps"):
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model.eval(), trainer._prepare_inputs(batch)).item()
@@ -135,45 +137,121 @@ def _require_space(folder, model, train_args):
     require_space(folder, checkpoint * ((train_args.save_total_limit or 2) + 1))
 
 
-def _show_batch(trainer, batch):
-    """Prints some labels of a batch as the decoder reads and writes them, special tokens and all."""
-    tokenizer = trainer.processing_class.tokenizer
-    shape = "×".join(str(size) for size in batch["input_features"].shape)
-    _passed("batch", f"features {shape}; the decoder reads, and is to write:")
-    inputs = decoder_input_ids(whisper_of(trainer.model).config, batch["labels"])
-    for read, written in list(zip(inputs, batch["labels"]))[:SHOWN_ROWS]:
-        written = written[written != -100]
-        print(f"      reads   {_spelled(tokenizer, read[: len(written)])}")
-        print(f"      writes  {_spelled(tokenizer, written)}")
+class _Whisper:
+    """What is to be looked at in a run that fine-tunes a Whisper."""
 
+    arguments = (WhisperArguments, WhisperTrainingArguments)
 
-def _spelled(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=False, decode_with_timestamps=True)
+    def __init__(self, data_args, model_args, train_args):
+        self.data_args, self.train_args = data_args, train_args
+        self.model, self.processor = load_whisper(model_args)
 
+    def load_speech(self):
+        seed = self.train_args.seed
+        speech = load_speech(self.data_args, self.processor, seed, self.model.config.max_target_positions)
+        speech["train"] = augment(speech["train"], self.data_args.speed_perturbation, self.processor, seed)
+        return speech
 
-def _check_labels(trainer, dataset, collator):
-    """Compares the longest label with the model's limit, and returns the batch with the longest labels."""
-    texts, durations_s = dataset.column("text"), dataset.column("duration_s")
-    by_length = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    tokenizer = trainer.processing_class.tokenizer
-    # Characters tell roughly how many tokens there are, so the longest label is among the longest texts.
-    lengths = {i: len(label_ids(tokenizer, texts[i], durations_s[i])) for i in by_length[:200]}
-    longest = max(lengths, key=lengths.get)
-    limit = whisper_of(trainer.model).config.max_target_positions
-    if lengths[longest] > limit:
-        raise UserError(
-            f"Row {dataset.record(longest)['row']} has {lengths[longest]} label tokens and the model takes {limit}: "
-            f"leave it out or split it; it begins {texts[longest][:60]!r}."
+    def trainer(self, speech):
+        normalizer = self.train_args.normalizer
+        return WhisperTrainer(
+            model=self.model,
+            args=self.train_args,
+            train_dataset=speech["train"],
+            eval_dataset=speech["validation"],
+            data_collator=WhisperCollator(self.processor, self.data_args.on_bad_audio),
+            compute_metrics=TranscriptScore(self.processor, self.data_args.group_columns, normalizer),
+            processing_class=self.processor,
         )
-    _passed("labels", f"the longest has {lengths[longest]} tokens; the model takes {limit}")
-    wordy = sorted(lengths, key=lengths.get, reverse=True)
-    padded_s = min(
-        max(durations_s[index] for index in wordy) + TRAIN_TAIL_S[1],
-        trainer.processing_class.feature_extractor.chunk_length,
-    )
-    seconds = trainer.max_batch_seconds
-    batch_size = max(1, int(seconds // padded_s)) if seconds else trainer.args.per_device_train_batch_size
-    return collator([dataset[index, padded_s] for index in wordy[:batch_size]])
+
+    def show_batch(self, trainer, batch):
+        """Prints some labels of a batch as the decoder reads and writes them, special tokens and all."""
+        shape = "×".join(str(size) for size in batch["input_features"].shape)
+        _passed("batch", f"features {shape}; the decoder reads, and is to write:")
+        inputs = decoder_input_ids(base_of(trainer.model).config, batch["labels"])
+        for read, written in list(zip(inputs, batch["labels"]))[:SHOWN_ROWS]:
+            written = written[written != -100]
+            print(f"      reads   {self._spelled(read[: len(written)])}")
+            print(f"      writes  {self._spelled(written)}")
+
+    def _spelled(self, ids):
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=False, decode_with_timestamps=True)
+
+    def worst_batch(self, trainer, dataset):
+        """Compares the longest label with the model's limit, and returns the batch with the longest labels."""
+        texts, durations_s = dataset.column("text"), dataset.column("duration_s")
+        by_length = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+        tokenizer = self.processor.tokenizer
+        # Characters tell roughly how many tokens there are, so the longest label is among the longest texts.
+        lengths = {i: len(label_ids(tokenizer, texts[i], durations_s[i])) for i in by_length[:200]}
+        longest = max(lengths, key=lengths.get)
+        limit = base_of(trainer.model).config.max_target_positions
+        if lengths[longest] > limit:
+            raise UserError(
+                f"Row {dataset.record(longest)['row']} has {lengths[longest]} label tokens and the model takes {limit}: "
+                f"leave it out or split it; it begins {texts[longest][:60]!r}."
+            )
+        _passed("labels", f"the longest has {lengths[longest]} tokens; the model takes {limit}")
+        wordy = sorted(lengths, key=lengths.get, reverse=True)
+        padded_s = min(
+            max(durations_s[index] for index in wordy) + TRAIN_TAIL_S[1], self.processor.feature_extractor.chunk_length
+        )
+        seconds = trainer.max_batch_seconds
+        batch_size = max(1, int(seconds // padded_s)) if seconds else trainer.args.per_device_train_batch_size
+        return trainer.data_collator([dataset[index, padded_s] for index in wordy[:batch_size]])
+
+
+class _SpeechT5:
+    """What is to be looked at in a run that fine-tunes a SpeechT5."""
+
+    arguments = (SpeechT5Arguments, SpeechT5TrainingArguments)
+
+    def __init__(self, data_args, model_args, train_args):
+        self.data_args, self.model_args, self.train_args = data_args, model_args, train_args
+        self.model, self.processor, self.front_end = load_speecht5(model_args)
+
+    def load_speech(self):
+        limit = self.model.config.max_text_positions
+        speech = load_speech(self.data_args, self.processor, self.train_args.seed, limit, self.front_end)
+        self.encoder = load_speaker_encoder(self.model_args.speaker_encoder)
+        self.voices = find_voices(speech, self.model_args, self.encoder)
+        _passed("voices", f"{len(self.voices.embeddings) or 'a column'} of them, one per {self.voices.per}")
+        return speech
+
+    def trainer(self, speech):
+        model_args, data_args = self.model_args, self.data_args
+        listener = Listener(model_args.asr_model_name_or_path, model_args.asr_language or model_args.language)
+        groups, normalizer = data_args.group_columns, self.train_args.normalizer
+        config = base_of(self.model).config
+        return SpeechT5Trainer(
+            model=self.model,
+            args=self.train_args,
+            train_dataset=speech["train"],
+            eval_dataset=speech["validation"],
+            data_collator=SpeechT5Collator(
+                self.processor, self.front_end, self.voices, config, data_args.on_bad_audio
+            ),
+            compute_metrics=SynthesisScore(listener, self.encoder, groups, normalizer, model_args.language),
+            processing_class=self.processor,
+            vocoder=load_vocoder(model_args.vocoder),
+        )
+
+    def show_batch(self, trainer, batch):
+        """Prints some texts of a batch as the model reads them, and how much silence was cut off."""
+        shape = "×".join(str(size) for size in batch["labels"].shape)
+        _passed("batch", f"spectrograms {shape}; the model reads:")
+        for ids, mask in list(zip(batch["input_ids"], batch["attention_mask"]))[:SHOWN_ROWS]:
+            print(f"      {' '.join(self.processor.tokenizer.convert_ids_to_tokens(ids[mask == 1]))}")
+        count = max(len(batch["trimmed_s"]), 1)
+        _passed("silence", f"{sum(batch['trimmed_s']) / count:.2f} s cut off the ends of a recording, on average")
+
+    def worst_batch(self, trainer, dataset):
+        """Returns the batch of the longest recordings."""
+        durations_s = dataset.column("duration_s")
+        longest = sorted(range(len(durations_s)), key=lambda index: -durations_s[index])
+        seconds = trainer.max_batch_seconds
+        rows = int(seconds // durations_s[longest[0]]) if seconds else trainer.args.per_device_train_batch_size
+        return trainer.data_collator([dataset[index] for index in longest[: max(1, rows)]])
 
 
 def _estimate(trainer, batch, worst, speech):
@@ -238,7 +316,7 @@ def _train_step(trainer, batch):
 
 def _overfit(trainer, batch):
     """Trains on one small batch, which everything that can learn at all learns by heart."""
-    whisper_of(trainer.model).config.apply_spec_augment = False  # what is masked cannot be learnt by heart
+    base_of(trainer.model).config.apply_spec_augment = False  # what is masked cannot be learnt by heart
     for group in trainer.optimizer.param_groups:
         group["lr"] = trainer.args.learning_rate
     losses = []

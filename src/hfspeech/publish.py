@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .models import whisper_of
-from .runs import writing
+from .models.loading import base_of
+from .runs import SAMPLES_FOLDER, writing
 
 EXAMPLES = 10
 
@@ -23,7 +23,8 @@ def publish(trainer, speech):
     with writing(output_dir):
         trainer.save_model()
         if trainer.args.should_save:
-            whisper_of(trainer.model).generation_config.save_pretrained(output_dir)
+            base_of(trainer.model).generation_config.save_pretrained(output_dir)
+            trainer.save_beside(output_dir)
     if trainer.is_world_process_zero():
         print(result_table(trainer.results))
         print(example_lines(trainer.predictions.values()))
@@ -31,9 +32,24 @@ def publish(trainer, speech):
 
 
 def result_table(results):
-    """Returns the error rates before and after, each with its interval, as lines of text."""
-    lines = [("word error rate", "before", "after")]
+    """Returns what was measured before and after, each figure with its interval, as lines of text."""
     before, after = results.get("before") or {}, results.get("after") or {}
+    lines = _speech_lines(before, after) if "mcd" in after else _transcript_lines(before, after, results)
+    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines]
+    rule = "─" * (sum(width) + 2 * len(width) - 2)
+    note = f"95 % intervals: {after.get('interval', '')}; text normalised by {after.get('normalizer', '')}"
+    train = results.get("train")
+    if train:
+        note += (
+            f"\n{train['steps']} steps on {train['audio_seconds'] / 60:.1f} minutes of audio in "
+            f"{train['seconds']:.0f} s ({train['audio_seconds_per_second']:.0f} times real time)"
+        )
+    return "\n".join(["", rule, rows[0], rule, *rows[1:], rule, note])
+
+
+def _transcript_lines(before, after, results):
+    lines = [("word error rate", "before", "after")]
     lines.append(("test", rate_text(before), rate_text(after)))
     if after.get("unpadded"):
         lines.append(("  unpadded, as hfspeech transcribes", "", rate_text(after["unpadded"])))
@@ -48,17 +64,42 @@ def result_table(results):
         lines.append(
             ("old condition (forgetting)", rate_text(retention.get("before")), rate_text(retention.get("after")))
         )
-    width = [max(len(line[i]) for line in lines) for i in range(3)]
-    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines]
-    rule = "─" * (sum(width) + 4)
-    note = f"95 % intervals: {after.get('interval', '')}; text normalised by {after.get('normalizer', '')}"
-    train = results.get("train")
-    if train:
-        note += (
-            f"\n{train['steps']} steps on {train['audio_seconds'] / 60:.1f} minutes of audio in "
-            f"{train['seconds']:.0f} s ({train['audio_seconds_per_second']:.0f} times real time)"
-        )
-    return "\n".join(["", rule, rows[0], rule, *rows[1:], rule, note])
+    return lines
+
+
+# What is measured of synthesised speech: title, name in the score, unit, factor, digits.
+SPEECH_MEASURES = (
+    ("words misheard", "wer", " %", 100, 1),
+    ("characters misheard", "cer", " %", 100, 1),
+    ("mel-cepstral distortion", "mcd", " dB", 1, 2),
+    ("log-F0 error", "log_f0_rmse", "", 1, 3),
+    ("speaker similarity", "speaker_similarity", "", 1, 3),
+    ("seconds, against the recording's", "duration_ratio", "", 1, 2),
+)
+
+
+def _speech_lines(before, after):
+    lines = [("test", "before", "after", "recordings, vocoded")]
+    ceiling = after["ceiling"]["vocoded"]
+    for title, name, *form in SPEECH_MEASURES:
+        best = figure_text(ceiling, name, *form)
+        lines.append((title, figure_text(before, name, *form), figure_text(after, name, *form), best))
+    stops = ["-" if not score else percent(score["stop"]["ok"]) for score in (before, after)]
+    lines.append(("stops where it should", *stops, ""))
+    for column, values in after["groups"].items():
+        before_of = before.get("groups", {}).get(column, {})
+        for value, of_value in values.items():
+            lines.append((f"  words misheard, {column}: {value}", rate_text(before_of.get(value)), rate_text(of_value), ""))
+    return lines
+
+
+def figure_text(score, name, unit, factor, digits):
+    """Returns one figure of a score with its interval, such as `2.61 dB (2.55–2.70)`; `-` where there is none."""
+    if not score or score.get(name) is None:
+        return "-"
+    low, high = (score.get(f"{name}_{end}") for end in ("low", "high"))
+    interval = "" if low is None else f" ({factor * low:.{digits}f}–{factor * high:.{digits}f})"
+    return f"{factor * score[name]:.{digits}f}{unit}{interval}"
 
 
 def example_lines(predictions):
@@ -73,19 +114,21 @@ def example_lines(predictions):
 
 def where_it_lies(trainer):
     """Returns the folder of the model and the line of stock code that loads it."""
-    output_dir = trainer.args.output_dir
+    output_dir, name = trainer.args.output_dir, type(base_of(trainer.model)).__name__
     if hasattr(trainer.model, "peft_config"):
         config = next(iter(trainer.model.peft_config.values()))
         revision = f', revision="{config.revision}"' if config.revision else ""
-        base = f'WhisperForConditionalGeneration.from_pretrained("{config.base_model_name_or_path}"{revision})'
+        base = f'{name}.from_pretrained("{config.base_model_name_or_path}"{revision})'
         kind = "adapter"
         code = f'PeftModel.from_pretrained({base}, "{output_dir}")'
     else:
         kind = "model"
-        code = f'WhisperForConditionalGeneration.from_pretrained("{output_dir}")'
+        code = f'{name}.from_pretrained("{output_dir}")'
+    samples = Path(output_dir) / SAMPLES_FOLDER
+    heard = f"\nListen to it, before and after, in {samples}." if samples.exists() else ""
     return (
         f"The {kind} is in {output_dir}, the results in {output_dir}/results.json, every test row in "
-        f"{output_dir}/predictions.jsonl.\nLoad it with stock code:\n    model = {code}"
+        f"{output_dir}/predictions.jsonl.{heard}\nLoad it with stock code:\n    model = {code}"
     )
 
 

@@ -24,6 +24,7 @@ from .errors import UserError
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 PROGRESS_FILE = "progress.json"  # in each checkpoint
+SAMPLES_FOLDER = "samples"  # speech to listen to, before and after
 PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
 
 logger = logging.getLogger("hfspeech")

@@ -1,10 +1,13 @@
 """`load_speech`: the train, validation and test rows of a run, mixed, carved, filtered and checked."""
 
+import contextlib
 import logging
+from collections import Counter
 
 import datasets
 import numpy as np
 
+from hfspeech.audio import SAMPLING_RATE, BadAudio, sampling_rate_of
 from hfspeech.data.leaks import check_leaks, recordings_of, shared_rows
 from hfspeech.data.rows import (
     HIDDEN,
@@ -12,12 +15,19 @@ from hfspeech.data.rows import (
     Dropped,
     Filters,
     SpeechDataset,
+    SpokenTextFilters,
     find_columns,
     read_rows,
+    undecoded,
 )
 from hfspeech.data.sources import open_source
 from hfspeech.data.streaming import CARVED_ROWS, EVAL_ROWS, decode_stream, mix_streams, stream_rows, take_rows
 from hfspeech.errors import UserError, nearest
+from hfspeech.spelling import unknown_report
+
+# A longer recording holds several sentences, and attention has to find its way through all of them.
+LONGEST_SPOKEN_S = 20.0
+RATES_LOOKED_AT = 200
 
 logger = logging.getLogger("hfspeech")
 
@@ -35,7 +45,7 @@ class SpeechSplits(dict):
         self.account = account
 
 
-def load_speech(data_args, processor=None, seed=42, max_label_length=448):
+def load_speech(data_args, processor=None, seed=42, max_label_length=448, front_end=None):
     """Loads the train, validation and test rows of a run, in one schema, checked, not yet decoded.
 
     Rows come from Hub datasets, audiofolders, manifests and parquet (`hfspeech.data.sources` says which file is which
@@ -51,7 +61,9 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448):
         data_args: the `DataArguments`.
         processor: the model's processor, its tokenizer's prefix tokens set; None skips the filters on tokens.
         seed: of the carving, of the mixture and of the stream's shuffling.
-        max_label_length: label tokens that the model takes; None for no limit.
+        max_label_length: label tokens, or tokens of the text that is to be spoken, that the model takes; None for no
+            limit.
+        front_end: `TextFrontEnd` of a model that speaks the text; None for one that writes it.
 
     Returns:
         `SpeechSplits` with `train`, `validation`, `test`, and `retention` (the test rows of the old condition) if a
@@ -61,7 +73,7 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448):
         UserError: a dataset, split or column is missing, audio is bad, a split is empty, a recording stands in two
             splits, or `max_duration_in_seconds` is longer than the model's window.
     """
-    loader = _Loader(data_args, processor, max_label_length, ["train", "validation", "test"])
+    loader = _Loader(data_args, processor, max_label_length, ["train", "validation", "test"], front_end)
     sources = loader.open(data_args.dataset_name, data_args.dataset_config_name, data_args.dataset_revision)
     weights = _weights(data_args)
     tests = loader.join(sources, data_args.test_split_name, "test", "--test_split_name", data_args.max_test_samples)
@@ -128,23 +140,19 @@ def load_split(data_args, split, processor=None, max_label_length=None):
 class _Loader:
     """What the steps of loading share: the arguments, the filters and the account."""
 
-    def __init__(self, data_args, processor, max_label_length, splits):
+    def __init__(self, data_args, processor, max_label_length, splits, front_end=None):
         if not data_args.dataset_name:
             raise UserError("No dataset is given; name one with --dataset_name.")
         if data_args.on_bad_audio not in ("error", "skip"):
             raise UserError(f"--on_bad_audio is error or skip, not {data_args.on_bad_audio}.")
         self.data_args = data_args
-        max_duration_s = data_args.max_duration_in_seconds
-        if max_duration_s is None and processor is not None:
-            max_duration_s = float(processor.feature_extractor.chunk_length)
-        elif processor is not None and max_duration_s > processor.feature_extractor.chunk_length:
-            window_s = processor.feature_extractor.chunk_length
-            raise UserError(
-                f"--max_duration_in_seconds {max_duration_s:g} is longer than the model's window of {window_s} s, where "
-                f"audio would be cut off and its text kept: give {window_s} at most, or leave the flag out."
-            )
-        tokenizer = processor.tokenizer if processor is not None else None
-        self.filters = Filters(data_args.min_duration_in_seconds, max_duration_s, tokenizer, max_label_length)
+        if front_end is None:
+            self.filters = _filters_of_whisper(data_args, processor, max_label_length)
+        elif data_args.streaming:
+            raise UserError("Speech synthesis needs the voice of every row before it begins: leave --streaming out.")
+        else:
+            longest_s = data_args.max_duration_in_seconds or LONGEST_SPOKEN_S
+            self.filters = SpokenTextFilters(data_args.min_duration_in_seconds, longest_s, front_end, max_label_length)
         self.account = {"datasets": [], "splits": {}, "notes": []}
         self.is_carved = False
         for split in splits:
@@ -235,6 +243,15 @@ class _Loader:
                 why = "; ".join(f"{entry['count']} {reason} ({entry['example']})" for reason, entry in dropped.items())
                 raise UserError(f"No row of {name} is left: {why or 'the split is empty'}.")
         check_leaks(splits, self.is_carved)
+        if isinstance(self.filters, SpokenTextFilters):
+            _check_sampling_rates(splits, self.account)
+            self.account["unknown_characters"] = dict(self.filters.unknown.most_common())
+            if self.filters.unknown:
+                lacking = unknown_report(self.filters.unknown)
+                self.note(
+                    f"The tokenizer lacks {lacking}, and reads each as one unknown sound: teach it them with "
+                    "--add_characters, or change the texts."
+                )
         datasets.disable_progress_bars()  # what follows is quick; downloads are over
         finished = {}
         for name, rows in splits.items():
@@ -253,6 +270,46 @@ class _Loader:
                 logger.info("%s: %d rows, %s", name, entry["rows"], length)
             for reason, left_out in entry["dropped"].items():
                 logger.info("%s: %d left out, %s, such as %s", name, left_out["count"], reason, left_out["example"])
+
+
+def _filters_of_whisper(data_args, processor, max_label_length):
+    max_duration_s = data_args.max_duration_in_seconds
+    if processor is not None:
+        window_s = processor.feature_extractor.chunk_length
+        if max_duration_s is None:
+            max_duration_s = float(window_s)
+        elif max_duration_s > window_s:
+            raise UserError(
+                f"--max_duration_in_seconds {max_duration_s:g} is longer than the model's window of {window_s} s, where "
+                f"audio would be cut off and its text kept: give {window_s} at most, or leave the flag out."
+            )
+    tokenizer = processor.tokenizer if processor is not None else None
+    return Filters(data_args.min_duration_in_seconds, max_duration_s, tokenizer, max_label_length)
+
+
+def _check_sampling_rates(splits, account):
+    """Warns of recordings with less treble than the model speaks, and of such that differ in it; looks at some rows."""
+    for name, rows in splits.items():
+        found = Counter()
+        for content, path in zip(
+            *undecoded(rows.select(range(min(RATES_LOOKED_AT, len(rows)))).select_columns("audio"))
+        ):
+            with contextlib.suppress(BadAudio, UserError):  # decoding will say so
+                found[sampling_rate_of(path if content is None else content)] += 1
+        low = {rate: count for rate, count in found.items() if rate and rate < SAMPLING_RATE}
+        if low:
+            rate = min(low)
+            account["notes"].append(
+                f"{name}: {sum(low.values())} of the first {sum(found.values())} recordings have {rate} Hz, so nothing above "
+                f"{rate // 2} Hz can be learnt from them: the voice will sound dull"
+            )
+            logger.warning(account["notes"][-1])
+        if len(found) > 1:
+            rates = ", ".join(f"{count} of {rate} Hz" for rate, count in sorted(found.items(), key=str))
+            account["notes"].append(
+                f"{name}: recordings of different sampling rates ({rates}) sound like different rooms"
+            )
+            logger.warning(account["notes"][-1])
 
 
 def _with_stream(loader, sources, weights, retained, splits, seed):

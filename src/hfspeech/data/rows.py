@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
@@ -29,6 +30,7 @@ COLUMN_NAMES = {
     "offset": ("offset", "offset_s"),
 }
 SCHEMA = ("id", "audio", "text", "speaker", "duration_s", "dataset", "split", "offset_s", "row")
+SPEAKER_EMBEDDING_DIM = 512  # of SpeechT5
 # Columns that only the leak check reads.
 HIDDEN = ("recording_id", "num_bytes")
 
@@ -85,7 +87,8 @@ class SpeechDataset(torch.utils.data.Dataset):
     def record(self, index):
         """Returns what is known of a row besides its audio, for results; nothing is decoded."""
         row = self.rows[int(index)]
-        return {"index": int(index), **{name: value for name, value in row.items() if name != "audio"}}
+        left_out = ("audio", "speaker_embedding")
+        return {"index": int(index), **{name: value for name, value in row.items() if name not in left_out}}
 
     @property
     def column_names(self):
@@ -253,6 +256,37 @@ class Filters:
                 yield None
 
 
+class SpokenTextFilters(Filters):
+    """The filters on text that is to be spoken; what the model cannot read is counted, not left out.
+
+    Args:
+        front_end: `TextFrontEnd`.
+        max_tokens: number of tokens that the model takes.
+
+    Attributes:
+        unknown: `collections.Counter` of the characters that the tokenizer lacks, over all texts looked at.
+    """
+
+    def __init__(self, min_duration_s, max_duration_s, front_end, max_tokens):
+        super().__init__(min_duration_s, max_duration_s, max_label_length=max_tokens)
+        self.front_end, self.unknown = front_end, Counter()
+
+    def _may_fail(self, text):
+        return True
+
+    def _token_reasons(self, texts, durations):
+        for text in texts:
+            spoken = self.front_end(text)
+            self.unknown.update(self.front_end.unknown(text))
+            length = len(self.front_end.ids(text))
+            if not spoken.strip():
+                yield "no text left to speak", repr(text[:40])
+            elif length > self.max_label_length:
+                yield f"text longer than {self.max_label_length} tokens", f"{length} tokens"
+            else:
+                yield None
+
+
 class Dropped(dict):
     """Rows left out, reason → {"count", "example"}."""
 
@@ -331,13 +365,33 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         "recording_id": ids if are_recordings else [None] * len(raw),
         "num_bytes": sizes,
     }
+    if data_args.speaker_embedding_column_name:
+        own["speaker_embedding"] = _embeddings(raw, data_args.speaker_embedding_column_name, dataset_name)
     for name in group_columns(data_args):
         own[name] = _strings(raw[name][:]) if name in raw.column_names else [None] * len(raw)
     kinds = {"duration_s": "float64", "offset_s": "float64", "row": "int64", "num_bytes": "int64"}
+    kinds["speaker_embedding"] = pyarrow.list_(pyarrow.float32())
     own = {name: pyarrow.array(values, kinds.get(name, "string")) for name, values in own.items()}
     audio = raw.select_columns([columns.audio]).rename_columns({columns.audio: "audio"})
     rows = datasets.concatenate_datasets([audio, datasets.Dataset(pyarrow.table(own))], axis=1)
     return rows.select(kept)
+
+
+def _embeddings(raw, column, dataset_name):
+    """Returns the speaker embeddings of a column, each a list of floats."""
+    if column not in raw.column_names:
+        raise UserError(
+            f"{dataset_name} has no column {column} for --speaker_embedding_column_name; it has: "
+            f"{', '.join(raw.column_names)}.{nearest(column, raw.column_names)}"
+        )
+    values = raw[column][:]
+    for i, value in enumerate(values):
+        if not isinstance(value, list) or len(value) != SPEAKER_EMBEDDING_DIM:
+            raise UserError(
+                f"{dataset_name}, row {i + 1}: {column} does not hold {SPEAKER_EMBEDDING_DIM} numbers: name another "
+                "column with --speaker_embedding_column_name, or leave it out."
+            )
+    return values
 
 
 def group_columns(data_args):

@@ -1,0 +1,141 @@
+"""What loading any model has in common: where it lies, what can go wrong, and on what it runs."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from hfspeech.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def resolve(name_or_path):
+    """Returns an absolute path for a local folder, and a Hub id as it is.
+
+    peft writes the base model's name into the adapter as it was given, and a relative path would stick there.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") != 1:
+        raise UserError(
+            f"There is no model at {name_or_path}: give a folder that exists (from here, {Path.cwd()}) or a Hub id "
+            "such as openai/whisper-small."
+        )
+    return str(name_or_path)
+
+
+@contextlib.contextmanager
+def loading(source, revision="main", kind="Whisper"):
+    """Turns every way in which loading a model fails into one sentence."""
+    import safetensors
+    from huggingface_hub import errors as hub
+
+    transformers.utils.logging.disable_progress_bar()  # a bar for reading a local file; downloads have their own
+    try:
+        yield
+    except UserError:
+        raise
+    except (safetensors.SafetensorError, EOFError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{source} is half-written or damaged ({_first_line(error)}): copy or download it again."
+        ) from None
+    except (OSError, ValueError, RuntimeError, KeyError, hub.HfHubHTTPError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{source} does not fit on the GPU: choose a smaller {kind}, or LoRA with --load_in_8bit true."
+            ) from None
+        causes = [error]
+        while causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        names = {type(cause).__name__ for cause in causes}
+        if "GatedRepoError" in names:
+            problem = f"{source} is gated: accept its terms on its page, then `hf auth login`"
+        elif "RevisionNotFoundError" in names:
+            problem = f"{source} has no revision {revision}: check --model_revision"
+        elif "RepositoryNotFoundError" in names:
+            problem = f"The Hub has no model {source}, or it is private: check the name, or `hf auth login`"
+        elif names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
+            problem = f"Cannot reach the Hub for {source}, and no copy is in the cache: check the network"
+        elif Path(source).exists():
+            problem = (
+                f"{source} is not a complete {kind} ({_first_line(error)}): give a folder that holds a whole model"
+            )
+        else:
+            problem = f"Cannot load {source} ({_first_line(error)}): check the name and the access"
+        raise UserError(problem + ".") from None
+
+
+def quiet_transformers():
+    """Leaves stderr to what the user has to know."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def enough_memory(advice="halve --batch_size"):
+    """Turns a GPU that is too small into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"The GPU ran out of memory: {advice}.") from None
+
+
+def best_device():
+    """Returns the `torch.device` to run inference on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def base_of(model):
+    """Returns the `WhisperForConditionalGeneration` inside a model that peft may have wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_quantized(model):
+    """Tells whether a model's weights are held in 8 or 4 bits."""
+    return getattr(base_of(model), "quantization_method", None) is not None
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0].rstrip(".")[:160] or type(error).__name__
+
+
+def has_file(source, filename, revision):
+    from transformers.utils import cached_file
+
+    return cached_file(source, filename, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def hub_commit(source, revision, filename="config.json"):
+    """Returns the commit that a revision stands for on the Hub, or None for a local folder."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    return extract_commit_hash(cached_file(source, filename, revision=revision), None)
+
+
+def read_adapter_config(source, revision):
+    """Returns the adapter_config.json of a folder or Hub repository as a dict, or None if it holds a whole model."""
+    from transformers.utils import cached_file
+
+    found = cached_file(source, ADAPTER_CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(found).read_text()) if found else None
+
+
+def quantization_config(model_args):
+    if not (model_args.load_in_8bit or model_args.load_in_4bit):
+        return None
+    flag = "--load_in_8bit" if model_args.load_in_8bit else "--load_in_4bit"
+    if not torch.cuda.is_available():
+        raise UserError(f"{flag} needs a CUDA GPU, and this machine has none: leave it out.")
+    if not transformers.utils.is_bitsandbytes_available():
+        raise UserError(f"{flag} needs bitsandbytes: pip install bitsandbytes.")
+    return transformers.BitsAndBytesConfig(
+        load_in_8bit=model_args.load_in_8bit,
+        load_in_4bit=model_args.load_in_4bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

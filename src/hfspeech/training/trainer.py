@@ -1,0 +1,608 @@
+"""`SpeechTrainer`: what fine-tuning any speech model has in common: batches, resuming, measuring, records."""
+
+import functools
+import json
+import logging
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather, gather_object
+from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
+
+from hfspeech.batching import LengthBatchSampler
+from hfspeech.errors import Interrupted, UserError
+from hfspeech.hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
+from hfspeech.models.loading import base_of, is_quantized
+from hfspeech.runs import (
+    PROGRESS_FILE,
+    RESULTS_FILE,
+    environment,
+    is_whole_checkpoint,
+    last_checkpoint,
+    peak_rss_bytes,
+    read_json,
+    remove_half_written,
+    require_space,
+    write_json,
+    write_jsonl,
+    writing,
+)
+
+PREDICTIONS_FILE = "predictions.jsonl"
+ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
+MOST_BATCH_SECONDS = 3600.0  # a larger step is no faster on any GPU, and makes too few of them
+
+logger = logging.getLogger("hfspeech")
+
+
+class SpeechTrainer(Seq2SeqTrainer):
+    """Fine-tunes a speech model and measures it, before and after, on rows that it is never trained on.
+
+    What differs from `Seq2SeqTrainer`:
+    - the loss is the mean over all targets of one optimizer step, whatever the accumulation and the number of processes
+      (transformers inflates it by both for Whisper and SpeechT5, transformers#47688);
+    - training batches are of like length, evaluation runs from the longest row to the shortest and counts each row once
+      under several processes;
+    - `train_or_resume` goes on by itself, and Ctrl-C or SIGTERM saves a checkpoint first;
+    - `measure` keeps what it found in `results.json` and `predictions.jsonl` as soon as it is known.
+
+    `WhisperTrainer` and `SpeechT5Trainer` say what a batch costs, how it is scored, and what the loss is: `summed_loss`,
+    `measure_batch`, `train_batch_sampler` and `eval_batch_sampler`.
+
+    Args:
+        model: the model, or a `PeftModel` of it.
+        args: `SpeechTrainingArguments`.
+        train_dataset, eval_dataset: as `load_speech` returns them.
+        data_collator: the model's collator.
+        compute_metrics: callable that takes a list of rows (dicts with `text`, what `measure_batch` found, and the
+            dataset's columns) and returns a dict with at least `wer` and `cer`.
+        processing_class: the model's processor.
+    """
+
+    logged = ("loss", "wer", "cer")  # of each evaluation, for TensorBoard and the progress lines
+    targets_per_item = 1  # labels that make one target of the loss
+
+    # compute_loss divides by the tokens of the whole optimizer step, so Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, args, train_dataset, eval_dataset, data_collator, compute_metrics, processing_class):
+        if is_quantized(model) and not hasattr(model, "peft_config"):
+            raise UserError(
+                "Weights in 8 or 4 bits cannot be trained themselves: use the LoRA recipe, or leave it out."
+            )
+        if train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
+            raise UserError("A streamed dataset has no length: say how long to train with --max_steps.")
+        if args.resume_from_checkpoint and not is_whole_checkpoint(args.resume_from_checkpoint):
+            raise UserError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a whole checkpoint: leave the flag out to "
+                "go on from the last whole one."
+            )
+        if train_dataset is not None and not has_length(train_dataset) and args.max_batch_seconds:
+            raise UserError(
+                "--max_batch_seconds needs rows whose lengths are known before they are read, and a stream's are "
+                "not: give --per_device_train_batch_size instead."
+            )
+        if args.precision_is_open:
+            is_faster, reason = can_train_in_bf16(base_of(model).config.hidden_size)
+            args.bf16, args.mixed_precision = is_faster, "bf16" if is_faster else args.mixed_precision
+            args.choices.append(reason)
+        if args.device.type == "cpu":
+            keep_freed_memory()
+        if args.max_batch_seconds == "auto" and args.device.type == "cpu":
+            raise UserError("--max_batch_seconds auto needs a GPU to fill: give a number of seconds, such as 80.")
+        self.max_batch_seconds = None if args.max_batch_seconds == "auto" else args.max_batch_seconds
+        self.stop_request = _StopRequest()
+        callbacks = [_SpeechCallback(self)]
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # An evaluation before training would else be logged into the working directory.
+                callback.logging_dir = str(Path(args.output_dir) / "runs")
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(_ProgressLines)
+        self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
+        self.results_file = Path(args.output_dir) / RESULTS_FILE
+        self.results = read_json(self.results_file) if self.results_file.exists() else {}
+        self.predictions = _read_predictions(Path(args.output_dir) / PREDICTIONS_FILE)
+        self._progress = {"seconds": 0.0, "audio_seconds": 0.0}
+        self._bad_audio, self._left_out = {}, {}
+        self._evaluation_seconds = 0.0
+        self._stage = "train"
+        for choice in args.choices:
+            logger.info(choice)
+
+    # Loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Returns the loss summed over this batch's targets, divided by those of the whole step.
+
+        Under several processes `num_items_in_batch` counts the labels of all of them, and DDP averages the gradients,
+        hence the factor `num_processes`.
+        """
+        self._account(inputs)
+        loss = self.summed_loss(model, inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch, scale = inputs["labels"].ne(-100).sum(), 1
+        else:
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        # No targets at all: every row of the step was left out, and nothing is to be learnt from it.
+        return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.targets_per_item * scale
+
+    def summed_loss(self, model, inputs):
+        """Returns the loss of a batch, summed over its targets."""
+        raise NotImplementedError
+
+    def _account(self, batch):
+        """Adds up the audio trained on, and stops at a broken recording or remembers it."""
+        if self._stage == "train":
+            self._progress["audio_seconds"] += sum(batch["duration_s"])
+        for reason, row, detail in batch["left_out"]:
+            self._left_out.setdefault(reason, {}).setdefault(row, detail)
+        stops = batch["fatal"]
+        if self.data_collator.on_bad_audio == "error":
+            stops = stops + [f"{s}. Leave such rows out with --on_bad_audio skip." for s in batch["bad_audio"]]
+        if stops:
+            raise UserError(stops[0] + (self._save_what_is_trained() if self.is_in_train else ""))
+        for sentence in batch["bad_audio"]:
+            if sentence not in self._bad_audio.setdefault(self._stage, {}):
+                logger.warning("left out: %s", sentence)
+            self._bad_audio[self._stage][sentence] = True
+
+    # Batches
+
+    def get_train_dataloader(self):
+        if not has_length(self.train_dataset):
+            return super().get_train_dataloader()
+        self.train_sampler = self.train_batch_sampler(self.train_dataset)
+        return self._dataloader(self.train_dataset, self.train_sampler)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._dataloader(dataset, self.eval_batch_sampler(dataset))
+
+    def train_batch_sampler(self, dataset, **options):
+        """Returns the `LengthBatchSampler` of a pass; `options` are those that depend on the model."""
+        args = self.args
+        stretch = math.prod(transform.stretch for transform in dataset.transforms)
+        return LengthBatchSampler(
+            [seconds * stretch for seconds in dataset.column("duration_s")],
+            batch_size=None if self.max_batch_seconds else self._train_batch_size,
+            max_batch_seconds=self.max_batch_seconds,
+            batches_per_step=args.world_size * args.gradient_accumulation_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            **options,
+        )
+
+    def eval_batch_sampler(self, dataset):
+        """Returns the `LongestFirstSampler` of an evaluation."""
+        raise NotImplementedError
+
+    def begin_pass(self):
+        """Is called when a pass over the training rows begins."""
+
+    def _dataloader(self, dataset, batch_sampler):
+        args = self.args
+        worker_init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=worker_init,
+        )
+        return self.accelerator.prepare(loader)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Measures each batch, and scores each row once."""
+        started, self._stage = time.time(), metric_key_prefix
+        try:
+            score, rows = self._score(dataloader)
+        finally:
+            self._stage = "train"
+        self._evaluation_seconds += time.time() - started
+        self.last_evaluation = score, rows
+        metrics = {f"{metric_key_prefix}_{name}": score[name] for name in self.logged if score.get(name) is not None}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _score(self, dataloader):
+        """Returns the score of a dataloader's rows, with their loss, and the rows with what was found of each."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        self.callback_handler.eval_dataloader = dataloader  # for the length of the progress bar
+        found = []
+        for batch in dataloader:
+            self._account(batch)
+            if not batch["index"]:  # no good row; training has to take its step even so
+                continue
+            with torch.no_grad(), self.accelerator.autocast():
+                found += zip(batch["index"], *self.measure_batch(model, batch))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            if self.stop_request.received and self.args.world_size == 1:
+                raise KeyboardInterrupt
+        # The index keeps one of each row, should two processes have had it.
+        by_index = {index: rest for index, *rest in gather_object(found)}
+        rows = [{**dataloader.dataset.record(index), **row} for index, (row, _, _) in sorted(by_index.items())]
+        if not rows:
+            raise UserError("Nothing is left to evaluate: every row of the split is unreadable.")
+        if self._stop_is_asked() and not self.is_in_train:  # training stops after its next step
+            raise KeyboardInterrupt
+        num_targets = sum(count for *_, count in by_index.values())
+        losses = [loss for _, loss, _ in by_index.values()]
+        score = {name: sum(loss[name] for loss in losses) / num_targets for name in losses[0]}
+        score["unfinished"] = sum(row["is_unfinished"] for row in rows)
+        return {**score, **self.compute_metrics(rows)}, rows
+
+    def measure_batch(self, model, batch):
+        """Measures a batch whose rows are all good.
+
+        Args:
+            model: the model, in eval mode.
+            batch: what the collator made.
+
+        Returns:
+            Three lists with an entry for each row: a dict of what `compute_metrics` needs, with `is_unfinished`; a dict
+            of losses summed over the row's targets, `loss` among them; and the number of its targets.
+        """
+        raise NotImplementedError
+
+    def measure(self, when, speech):
+        """Scores the test rows, and those of the old condition, `before` or `after` training.
+
+        What is found goes into `results.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with `eval_on_start`
+        off there is none.
+
+        Args:
+            when: `before` or `after`.
+            speech: what `load_speech` returned.
+        """
+        self._require_same_data(speech)
+        if when == "before" and not self.args.eval_on_start:
+            return
+        for split in ("test", "retention"):
+            place = self.results if split == "test" else self.results.setdefault("retention", {})
+            if split not in speech or (when == "before" and when in place):
+                continue
+            logger.info("Measuring %s rows %s training", split, when)
+            with self._stoppable():
+                self.evaluate(speech[split], metric_key_prefix=f"{when}_{split}")
+                place[when], rows = self.last_evaluation
+                self.measure_further(when, split, speech[split], place[when])
+            for row in rows:
+                known = speech[split].record(row["index"])
+                entry = self.predictions.setdefault((split, row["index"]), {"set": split})
+                entry |= {name: value for name, value in known.items() if value is not None}
+                entry[when] = row["prediction"]
+                found = {name: value for name, value in row.items() if name not in known}
+                entry |= {f"{when}_{name}": found[name] for name in found.keys() - {"prediction", "is_unfinished"}}
+            self.write_results(speech)
+
+    def measure_further(self, when, split, dataset, score):
+        """Adds to `score` what else is to be known of a set of rows."""
+
+    def save_beside(self, folder):
+        """Writes into the model's folder what belongs to it besides weights and processor."""
+
+    def _require_same_data(self, speech):
+        """Refuses to go on with a run whose data is no longer what it began with."""
+        earlier, account = self.results.get("rows"), json.loads(json.dumps(speech.account))
+        if not earlier:
+            return
+        now = {split: len(rows) if has_length(rows) else None for split, rows in speech.items()}
+        changed = [split for split, count in now.items() if earlier.get(split, count) != count]
+        if changed or earlier["account"]["datasets"] != account["datasets"]:
+            what = (
+                f"{changed[0]} had {earlier[changed[0]]} rows, now {now[changed[0]]}" if changed else "another commit"
+            )
+            raise UserError(
+                f"The data of {self.args.output_dir} has changed since that run began ({what}): choose another "
+                "--output_dir."
+            )
+
+    def write_results(self, speech):
+        """Writes everything known so far to `results.json` and `predictions.jsonl`, whole or not at all."""
+        bad_audio, left_out = {}, {}
+        for found_bad, found_left_out in gather_object([(self._bad_audio, self._left_out)]):
+            for target, found in ((bad_audio, found_bad), (left_out, found_left_out)):
+                for name, entries in found.items():
+                    target.setdefault(name, {}).update(entries)
+        account = json.loads(json.dumps(speech.account))
+        for reason, rows in left_out.items():  # of a stream, whose rows are looked at as they come
+            row, detail = next(iter(rows.items()))
+            example = {"count": len(rows), "example": f"{row}: {detail}" if detail else row}
+            account["splits"].setdefault("train", {"rows": None, "dropped": {}})["dropped"][reason] = example
+        self.results["rows"] = {
+            **{split: len(rows) if has_length(rows) else None for split, rows in speech.items()},
+            "account": account,
+            "bad_audio": {stage: {"count": len(s), "examples": list(s)[:3]} for stage, s in bad_audio.items()},
+        }
+        self.results["choices"] = self.args.choices
+        settings = self.args.run_arguments
+        self.results["model"] = {
+            "name_or_path": settings.get("model_name_or_path") or settings.get("config_name"),
+            "revision": settings.get("model_revision"),
+            "commit": base_of(self.model).hub_commit,  # what the revision stood for on the Hub; None locally
+        }
+        self.results["environment"] = environment()
+        self.results["arguments"] = self.args.run_arguments
+        self._write_results_file()
+        if self.args.process_index == 0:
+            write_jsonl(self.results_file.with_name(PREDICTIONS_FILE), self.predictions.values())
+
+    def _write_results_file(self):
+        if self.args.process_index == 0:
+            write_json(self.results_file, self.results)
+
+    # Training
+
+    def train_or_resume(self):
+        """Trains to the end, from the last whole checkpoint of this run if there is one.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved and the sentence says how to go on.
+            UserError: the disk is full, the GPU is too small, or the loss is no longer a number.
+        """
+        checkpoint = self.args.resume_from_checkpoint or last_checkpoint(self.args.output_dir)
+        if self.args.process_index == 0:
+            remove_half_written(self.args.output_dir)
+        if checkpoint and self._load_finished(checkpoint):
+            return
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        state = sum(p.numel() for p in self.model.parameters() if p.requires_grad) * ADAM_BYTES_PER_PARAMETER
+        require_space(self.args.output_dir, (weights + state) * ((self.args.save_total_limit or 2) + 1))
+        if checkpoint:
+            logger.info("Going on from %s", checkpoint)
+            self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
+            self.max_batch_seconds = self._progress.get("max_batch_seconds")
+        self.choose_max_batch_seconds()
+        self._started, self._evaluation_seconds = time.time(), 0.0
+        with self._stoppable(), writing(self.args.output_dir):
+            try:
+                self.train(resume_from_checkpoint=checkpoint)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"The GPU ran out of memory at step {self.state.global_step}: halve --per_device_train_batch_size "
+                    "and double --gradient_accumulation_steps."
+                ) from None
+        if self.stop_request.received:
+            raise Interrupted(
+                f"Stopped at step {self.state.global_step} of {self.state.max_steps}; checkpoint-{self.state.global_step} "
+                f"is saved in {self.args.output_dir}. Run the same command again to go on."
+            )
+        self._record_training(self._progress_now())
+
+    def choose_max_batch_seconds(self):
+        """Finds how many seconds of padded audio fit on every process's GPU in one training step, if that is asked.
+
+        Raises:
+            UserError: there is no room for a single row.
+        """
+        if self.args.max_batch_seconds != "auto":
+            self.max_batch_seconds = self.args.max_batch_seconds
+            return
+        self.max_batch_seconds = self.max_batch_seconds or self._find_max_batch_seconds()
+        self.args.choices.append(f"batches of {self.max_batch_seconds:.0f} s: the most that fits on the GPU")
+        logger.info(self.args.choices[-1])
+
+    def _find_max_batch_seconds(self):
+        durations_s = self.train_dataset.column("duration_s")
+        by_length = sorted(range(len(durations_s)), key=lambda i: durations_s[i])
+        # For the same seconds, long rows have most positions to attend to and short ones most text.
+        longest, median = by_length[-1], by_length[len(by_length) // 2]
+        rows = [self.train_dataset[key] for key in self.keys_to_try(longest, median)]
+        batches = [batch for batch in (self.data_collator([row]) for row in rows) if batch["index"]]
+        if not batches:
+            raise UserError(f"{rows[0]['bad_audio']}. Give --max_batch_seconds a number of seconds instead.")
+
+        def seconds_of(batch):
+            return batch.get("padded_s") or batch["duration_s"][0]
+
+        first = max(seconds_of(batch) for batch in batches)
+        found = most_seconds_that_fit(
+            lambda seconds: [self._try_step(batch, int(seconds // seconds_of(batch))) for batch in batches],
+            first,
+            MOST_BATCH_SECONDS,
+        )
+        if self.args.world_size > 1:
+            found = gather(torch.tensor([found or 0.0], device=self.args.device)).min().item()
+        if not found:
+            raise UserError(
+                "The GPU has no room for a single row: lower --max_duration_in_seconds, or take a smaller model or LoRA."
+            )
+        return found
+
+    def keys_to_try(self, longest, median):
+        """Returns the keys by which the training dataset gives these two rows as long as a batch may have them."""
+        return [longest, median]
+
+    def _try_step(self, batch, num_rows):
+        """Runs one batch, its row repeated, forth and back, with room taken for the optimizer; changes nothing."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer_bytes = ADAM_BYTES_PER_PARAMETER * sum(p.numel() for p in trained)
+        reserved = torch.empty(optimizer_bytes, dtype=torch.uint8, device=self.args.device)
+        inputs = {
+            name: value.to(self.args.device).repeat(num_rows, *[1] * (value.dim() - 1))
+            for name, value in batch.items()
+            if torch.is_tensor(value)
+        }
+        try:
+            with torch.random.fork_rng(), self.accelerator.autocast():
+                self.model.train()(**inputs).loss.backward()
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            del reserved
+
+    def _record_training(self, progress):
+        """Puts what training took into the results, at once, so that nothing that follows can lose it."""
+        self.results["train"] = {
+            "steps": self.state.global_step,
+            "best_step": self.state.best_global_step or self.state.global_step,
+            "seconds": progress["seconds"],
+            "audio_seconds": progress["audio_seconds"],
+            "audio_seconds_per_second": progress["audio_seconds"] / max(progress["seconds"], 1e-9),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "log": [entry for entry in self.state.log_history if "loss" in entry or "eval_loss" in entry],
+        }
+        self._write_results_file()
+
+    def _stop_is_asked(self):
+        """Tells whether a signal has come; under several processes it may have reached them at different steps."""
+        if self.args.world_size > 1:
+            stop = torch.tensor([float(self.stop_request.received)], device=self.args.device)
+            self.stop_request.received = gather(stop).max().item() > 0
+        return self.stop_request.received
+
+    def _progress_now(self):
+        """Returns the seconds spent training (evaluation left out) and the audio seen by all processes, so far."""
+        audio = torch.tensor(self._progress["audio_seconds"], dtype=torch.float64, device=self.args.device)
+        return {
+            "seconds": self._progress["seconds"] + time.time() - self._started - self._evaluation_seconds,
+            "audio_seconds": self.accelerator.reduce(audio, "sum").item(),
+            "max_batch_seconds": self.max_batch_seconds,
+        }
+
+    def _load_finished(self, checkpoint):
+        """Loads the weights that a finished run ended with and returns True, or returns False if it is not finished."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if "train" not in self.results and state.global_step < state.max_steps:
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        folder = Path(self.args.output_dir) / Path(best or checkpoint).name
+        logger.info("This run is finished: nothing is trained any more, its weights are those of %s", folder)
+        self._load_from_checkpoint(str(folder if is_whole_checkpoint(folder) else checkpoint))
+        if "train" not in self.results:  # it was killed right after its last step
+            progress = read_json(Path(checkpoint) / PROGRESS_FILE)
+            self._record_training({**progress, "audio_seconds": progress["audio_seconds"] * self.args.world_size})
+        return True
+
+    def _save_what_is_trained(self):
+        """Saves a checkpoint of the last whole step if there is none, and returns the sentence that says so."""
+        step = self.state.global_step
+        if not step or self.args.world_size > 1:  # the other processes are not here to take part
+            return ""
+        if last_checkpoint(self.args.output_dir, step) is None:
+            self._save_checkpoint(self.model, None)
+        return f" The {step} steps trained so far are saved: the same command goes on from there."
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        progress = self._progress_now()
+        # Every process resumes with its share, so that the sum over the processes is right again.
+        progress["audio_seconds"] /= self.args.world_size
+        with writing(self.args.output_dir):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / PROGRESS_FILE, progress)
+            super()._save_checkpoint(model, trial)
+
+    def _stoppable(self):
+        return _Stoppable(self)
+
+
+class _StopRequest:
+    """Remembers that Ctrl-C or SIGTERM came; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = False
+        self.process = os.getpid()
+
+    def __call__(self, signum, frame):
+        if os.getpid() != self.process:  # a dataloader worker, which Ctrl-C reaches too; it ends with its parent
+            return
+        if self.received:
+            raise SystemExit(128 + signum)
+        self.received = True
+        logger.warning("Stopping after this step: saving a checkpoint (once more to stop at once, without saving)")
+
+
+class _Stoppable:
+    """While open, Ctrl-C and SIGTERM ask for a stop; an evaluation cut short ends in a saved checkpoint."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def __enter__(self):
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.previous = {number: signal.signal(number, self.trainer.stop_request) for number in signals}
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if kind is not KeyboardInterrupt:
+            return
+        trainer = self.trainer
+        saved = trainer._save_what_is_trained() if trainer.is_in_train else ""
+        raise Interrupted(f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}") from None
+
+
+class _SpeechCallback(TrainerCallback):
+    """Sets each epoch's row order, hears the request to stop, and ends a run whose loss is no longer a number."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch or 0)
+        trainer = self.trainer
+        for holder in (getattr(trainer, "train_sampler", None), trainer.train_dataset):
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(epoch)
+        trainer.begin_pass()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._stop_is_asked():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise UserError(
+                f"The loss at step {state.global_step} is {logs['loss']}: lower --learning_rate; the checkpoints in "
+                f"{args.output_dir} are kept."
+            )
+
+
+class _ProgressLines(ProgressCallback):
+    """The progress bar, with a line of words for each figure that is logged."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "eval_wer" in logs:
+            text = f"validation WER {100 * logs['eval_wer']:.1f} %, loss {logs['eval_loss']:.3f}"
+        elif "loss" in logs:
+            text = f"loss {logs['loss']:.3f}, gradient norm {logs['grad_norm']:.2f}"
+        else:
+            return
+        self.training_bar.write(f"step {state.global_step:5d}  {text}")
+
+
+def _read_predictions(path):
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is damaged: delete its folder, or choose another --output_dir.") from None
+    return {(row["set"], row["index"]): row for row in rows}
