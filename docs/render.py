@@ -12,7 +12,7 @@ from pathlib import Path
 
 import speed
 
-from hfspeech.publish import rate_text
+from hfspeech.publish import SPEECH_MEASURES, figure_text, percent, rate_text
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (\w+)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.S)
@@ -39,6 +39,48 @@ def results_table(names):
             lines += [_line("– old condition (forgetting)", retention["before"], retention["after"])]
         origins += ["", origin(name, record)]
     return "\n".join([*lines, *origins]) + "\n"
+
+
+def synthesis_table(names):
+    """Returns a Markdown table of records of speech synthesis, a line for each measure, and how each was made."""
+    tables = []
+    for name in names.split():
+        record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+        before, after = record.get("before") or {}, record["after"]
+        ceiling = after["ceiling"]["vocoded"]
+        lines = ["| test rows | before | after | recordings, vocoded |", "|---|---|---|---|"]
+        for title, measure, *form in SPEECH_MEASURES:
+            cells = [figure_text(score, measure, *form) for score in (before, after, ceiling)]
+            lines.append(f"| {title} | {cells[0]} | **{cells[1]}** | {cells[2]} |")
+        stops = [percent(score["stop"]["ok"]) if score else "-" for score in (before, after)]
+        lines.append(f"| stops where it should | {stops[0]} | **{stops[1]}** | |")
+        tables += ["\n".join([*lines, "", origin(name, record)])]
+    return "\n\n".join(tables) + "\n"
+
+
+def voice_table(name):
+    """Returns a Markdown table of how models speak, heard by a recogniser of their own, and how it was made."""
+    record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    lines = [
+        "| model | test rows | words misheard | recordings, vocoded | mel-cepstral distortion | speaker similarity "
+        "| stops where it should |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    origins = []
+    for title, entry in record.items():
+        wer, ceiling = entry["wer"], entry["ceiling"]
+        spread = f"{100 * min(wer['of_seed']):.1f}–{100 * max(wer['of_seed']):.1f}"
+        lines.append(
+            f"| {title} | {Path(entry['dataset']).name} | **{percent(wer['mean'])}** ({spread}) "
+            f"| {percent(ceiling['recordings']['wer'])}, {percent(ceiling['vocoded']['wer'])} "
+            f"| {entry['mcd']['mean']:.2f} dB | {entry['speaker_similarity']['mean']:.3f} | {percent(entry['stop']['ok'])} |"
+        )
+        made = entry["environment"]
+        origins.append(
+            f"- {title}: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {entry['rows']} rows, "
+            f"{len(entry['seeds'])} seeds."
+        )
+    return "\n".join([*lines, "", f"`{name}`; in brackets the least and the most over the seeds.", "", *origins]) + "\n"
 
 
 def _line(title, before, after):
@@ -68,11 +110,12 @@ def arguments_table(_):
     from hfspeech import arguments
 
     lines = []
-    for dtype in (arguments.DataArguments, arguments.WhisperArguments, arguments.LoraArguments):
+    for name in ("DataArguments", "WhisperArguments", "SpeechT5Arguments", "LoraArguments"):
+        dtype = getattr(arguments, name)
         lines += _section(dtype, dataclasses.fields(dtype))
-    own = arguments.SpeechTrainingArguments.__annotations__
-    dtype = arguments.SpeechTrainingArguments
-    lines += _section(dtype, [f for f in dataclasses.fields(dtype) if f.name in own])
+    for name in ("SpeechTrainingArguments", "WhisperTrainingArguments", "SpeechT5TrainingArguments"):
+        dtype = getattr(arguments, name)
+        lines += _section(dtype, [f for f in dataclasses.fields(dtype) if f.name in dtype.__annotations__])
     return "\n".join(lines) + "\n"
 
 
@@ -103,6 +146,8 @@ def coverage_table(name):
 
 MAKERS = {
     "results": results_table,
+    "synthesis": synthesis_table,
+    "voice": voice_table,
     "arguments": arguments_table,
     "coverage": coverage_table,
     "speed": speed.speed_table,

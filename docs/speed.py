@@ -127,13 +127,13 @@ def first_step_table(name):
     return "\n".join([*lines, "", origin(name)]) + "\n"
 
 
-def quality_table(name):
+def quality_table(names):
     """Returns a Markdown table of the error rates of models tuned unpadded, beside those tuned on full windows."""
-    record = read(name)
     kinds = {"short": "rows", "long": "long, cut in pauses", "pipeline": "long, stock pipeline"}
     heads = [f"{title} | difference, 95 % under" for title in kinds.values()]
     lines = [f"| data | full_window_share | {' | '.join(heads)} | rows, decoded unpadded |", "|---" * 9 + "|"]
-    for data, entry in record["datasets"].items():
+    datasets = [pair for name in names.split() for pair in read(name)["datasets"].items()]
+    for data, entry in datasets:
         before = " | ".join(f"{100 * entry['before'][kind]:.1f} | " for kind in kinds)
         lines.append(f"| {data}, {entry['rows']} rows | before | {before} | |")
         for arm, found in entry["arms"].items():
@@ -145,7 +145,7 @@ def quality_table(name):
             unpadded = found["unpadded_wer"]
             cells.append("" if None in unpadded else f"{100 * sum(unpadded) / len(unpadded):.1f}")
             lines.append(f"| {data} | {arm} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", origin(name)]) + "\n"
+    return "\n".join([*lines, "", *origins(names.split())]) + "\n"
 
 
 def digest():

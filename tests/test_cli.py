@@ -54,7 +54,7 @@ def command(*args):
 def test_help_comes_without_loading_torch():
     code = (
         "import sys, hfspeech, hfspeech.cli\n"
-        "for line in (['--help'], ['transcribe', '--help'], ['evaluate', '--help'], ['check', '--help']):\n"
+        "for line in (['--help'], *([name, '--help'] for name in ('transcribe', 'evaluate', 'check', 'synthesize'))):\n"
         "    try: hfspeech.cli.main(line)\n"
         "    except SystemExit as end: assert end.code == 0, line\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
@@ -62,7 +62,7 @@ def test_help_comes_without_loading_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for name in ("check", "evaluate", "transcribe", "--on_bad_audio", "--overfit", "srt"):
+    for name in ("check", "evaluate", "transcribe", "synthesize", "--on_bad_audio", "--overfit", "srt", "--vocoder"):
         assert name in result.stdout
 
 

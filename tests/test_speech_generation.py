@@ -169,7 +169,10 @@ def test_half_weights_are_nearly_the_same_and_follow_the_weights(batch):
         return torch.cat([one.spectrogram for one in found])
 
     before = spectrograms()
-    assert_same(before, spectrograms(half_weights=False), tolerance=2e-2)
+    exact = spectrograms(half_weights=False)
+    assert_same(before, exact, tolerance=2e-2)
+    if torch.backends.quantized.engine in ("x86", "fbgemm"):
+        assert not torch.equal(before, exact)
     for name, parameter in model.named_parameters():
         if "decoder" in name:
             parameter.data.mul_(1.1)  # as adapters are merged: the version of the tensor does not count it

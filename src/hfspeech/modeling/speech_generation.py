@@ -82,6 +82,8 @@ def generate_spectrograms(
     """
     if model.training:
         raise ValueError("The model is in training mode: call model.eval() before it synthesises.")
+    if seeds is not None and len(seeds) != len(input_ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} rows: give one for each row.")
     config, device = model.config, model.device
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     num_tokens = attention_mask.sum(-1).tolist()

@@ -46,7 +46,7 @@ def load_vocoder(name, revision="main"):
         raise UserError(
             f"{source} holds no config.json, so it is not a vocoder: give the folder of a SpeechT5HifiGan."
         )
-    with loading(source, revision):
+    with loading(source, revision, "SpeechT5HifiGan"):
         return HifiGan(str(name), _load_hifigan(source, revision))
 
 
