@@ -154,7 +154,10 @@ def write(path, waveform, sampling_rate=SAMPLING_RATE):
     format, subtype = ("OGG", "OPUS") if suffix == "OPUS" else (suffix, None)
     if format not in soundfile.available_formats():
         raise UserError(f"{path}: cannot write audio with the suffix .{suffix.lower()}; use .wav, .flac or .mp3.")
-    soundfile.write(path, np.asarray(waveform), sampling_rate, format=format, subtype=subtype)
+    waveform = np.asarray(waveform)
+    with soundfile.SoundFile(path, "w", sampling_rate, 1, format=format, subtype=subtype) as file:
+        for start in range(0, len(waveform), _BLOCK):  # libsndfile crashes on minutes of Vorbis at once
+            file.write(waveform[start : start + _BLOCK])
 
 
 class _open:

@@ -226,7 +226,7 @@ def trimmed(waveform):
     waveform = np.asarray(waveform, dtype=np.float32)
     block = round(0.025 * SAMPLING_RATE)
     whole = len(waveform) // block * block
-    if whole < 2 * block:
+    if whole < 2 * block or not waveform.any():
         return waveform
     power = np.square(waveform[:whole].reshape(-1, block)).mean(axis=1)
     loud = np.flatnonzero(power > power.max() * 10 ** (-SILENCE_DB / 10))

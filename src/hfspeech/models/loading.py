@@ -23,7 +23,7 @@ def resolve(name_or_path):
     if path.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") != 1:
         raise UserError(
             f"There is no model at {name_or_path}: give a folder that exists (from here, {Path.cwd()}) or a Hub id "
-            "such as openai/whisper-small."
+            "such as openai/whisper-small or microsoft/speecht5_tts."
         )
     return str(name_or_path)
 
