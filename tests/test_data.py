@@ -651,3 +651,72 @@ def test_hub_datasets(tmp_path):
     cached, absent = load_in_subprocess(offline, {"dataset_name": ["me/public"]}, {"dataset_name": ["me/none"]})
     assert cached == public
     assert "not in the cache" in absent["error"] and "HF_HUB_OFFLINE" in absent["error"]
+
+
+class TestSpokenText:
+    """Rows whose text is to be spoken: what the tokenizer lacks is counted, what the ear will miss is said."""
+
+    @pytest.fixture
+    def load(self, nano_speecht5_processor):
+        from hfspeech.spelling import TextFrontEnd
+
+        front_end = TextFrontEnd(nano_speecht5_processor.tokenizer, "en")
+
+        def load(folder, max_tokens=200, **rest):
+            return load_speech(arguments(folder, **rest), nano_speecht5_processor, 42, max_tokens, front_end)
+
+        return load
+
+    def test_unknown_characters_are_counted_before_training(self, load, tmp_path, caplog):
+        audiofolder(tmp_path, speaker=lambda i: "ann", sentence=lambda i: "łódź" if i == 0 else "word 2")
+        speech = load(tmp_path, text_column_name="sentence")
+        # One row of each of three splits; numbers are spelled out, so the digit is no unknown character.
+        assert speech.account["unknown_characters"] == {"ł": 3, "ó": 3, "ź": 3}
+        assert "'ł' 3 times" in caplog.text and "--add_characters" in caplog.text
+
+    def test_long_texts_and_long_recordings_are_left_out(self, load, tmp_path):
+        audiofolder(tmp_path, speaker=lambda i: "ann", sentence=lambda i: "a word " * (20 if i == 0 else 1))
+        speech = load(tmp_path, max_tokens=50, text_column_name="sentence", max_duration_in_seconds=0.555)
+        dropped = speech.account["splits"]["train"]["dropped"]
+        assert dropped["text longer than 50 tokens"]["count"] == 1
+        assert dropped["longer than 0.555 s"]["count"] == 2
+        assert len(speech["train"]) == 5
+
+    def test_low_and_mixed_sampling_rates_are_warned_of(self, load, tmp_path, caplog):
+        audiofolder(tmp_path, speaker=lambda i: "ann")
+        for i in range(3):
+            soundfile.write(tmp_path / f"train/train_{i}.flac", sound(100 + i, 0.5, 8000), 8000)
+        load(tmp_path)
+        assert "train: 3 of the first 8 recordings have 8000 Hz, so nothing above 4000 Hz" in caplog.text
+        assert "recordings of different sampling rates (5 of 16000 Hz, 3 of 8000 Hz)" in caplog.text
+
+    def test_streaming_is_refused(self, load, tmp_path):
+        audiofolder(tmp_path)
+        with pytest.raises(UserError, match="leave --streaming out"):
+            load(tmp_path, streaming=True)
+
+    def test_speaker_embeddings_come_from_a_column(self, load, tmp_path):
+        for split, size in (("train", 4), ("validation", 2), ("test", 2)):
+            rows = parquet_rows(split, size, {"train": 0, "validation": 50, "test": 90}[split])
+            for i, row in enumerate(rows):
+                row["xvector"] = [float(i + 1)] * 512
+            table(tmp_path / f"{split}.parquet", rows)
+        speech = load(tmp_path, speaker_embedding_column_name="xvector")
+        assert speech["train"][2]["speaker_embedding"] == [3.0] * 512
+        assert "speaker_embedding" not in speech["train"].record(2)
+        with pytest.raises(UserError, match="no column xvectors .* xvector"):
+            load(tmp_path, speaker_embedding_column_name="xvectors")
+        with pytest.raises(UserError, match="does not hold 512 numbers"):
+            load(tmp_path, speaker_embedding_column_name="text")
+
+
+def test_rows_of_some_speakers_only(tmp_path):
+    audiofolder(tmp_path, speaker=lambda i: ["ann", "bob"][i % 2])
+    speech = load_speech(arguments(tmp_path, speakers=["bob"]))
+    assert {name for rows in speech.values() for name in rows.column("speaker")} == {"bob"}
+    dropped = speech.account["splits"]["train"]["dropped"]
+    assert dropped == {"another speaker": {"count": 4, "example": "row 1, train_0.flac: ann"}}
+    with pytest.raises(UserError, match="has no row of --speakers bop; it has: ann, bob. Did you mean"):
+        load_speech(arguments(tmp_path, speakers=["bop"]))
+    with pytest.raises(UserError, match="leave --streaming out"):
+        load_speech(arguments(tmp_path, speakers=["bob"], streaming=True))

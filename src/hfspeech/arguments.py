@@ -53,6 +53,9 @@ class DataArguments:
     speaker_column_name: str = field(
         default=None, metadata={"help": "Column of the speaker, for intervals and for carving validation."}
     )
+    speakers: list[str] = field(
+        default=None, metadata={"help": "Use the rows of these speakers only, such as the one voice to learn."}
+    )
     speaker_embedding_column_name: str = field(
         default=None, metadata={"help": "Column that holds each row's speaker embedding already (SpeechT5)."}
     )

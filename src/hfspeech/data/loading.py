@@ -1,6 +1,7 @@
 """`load_speech`: the train, validation and test rows of a run, mixed, carved, filtered and checked."""
 
 import contextlib
+import dataclasses
 import logging
 from collections import Counter
 
@@ -146,6 +147,8 @@ class _Loader:
         if data_args.on_bad_audio not in ("error", "skip"):
             raise UserError(f"--on_bad_audio is error or skip, not {data_args.on_bad_audio}.")
         self.data_args = data_args
+        if data_args.streaming and data_args.speakers:
+            raise UserError("--speakers needs rows that are known before they are read: leave --streaming out.")
         if front_end is None:
             self.filters = _filters_of_whisper(data_args, processor, max_label_length)
         elif data_args.streaming:
@@ -222,9 +225,11 @@ class _Loader:
                     )
             elif max_samples is not None:
                 rows = rows.select(range(min(max_samples, len(rows))))
-            parts.append(
-                read_rows(rows, folder, columns, self.filters, self.data_args, source.name, split, self.dropped(key))
-            )
+            data_args = self.data_args
+            if flag.startswith("--retention"):  # the old condition has speakers of its own
+                data_args = dataclasses.replace(data_args, speakers=None)
+            dropped = self.dropped(key)
+            parts.append(read_rows(rows, folder, columns, self.filters, data_args, source.name, split, dropped))
         return parts
 
     def join(self, sources, splits, *how, **only):

@@ -342,7 +342,14 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         elif offset is not None and given[i] is None:
             seconds = max(0.0, seconds - offset)
         durations.append(seconds)
+    speakers = _strings(raw[columns.speaker][:]) if columns.speaker else [None] * len(raw)
     reasons = filters.reasons(texts, durations)
+    if data_args.speakers:
+        _check_speakers(data_args.speakers, speakers, columns.speaker, f"{dataset_name}, {split}")
+        reasons = [
+            reason if speaker in data_args.speakers else ("another speaker", f"{speaker}")
+            for reason, speaker in zip(reasons, speakers)
+        ]
     kept = []
     for i, reason in enumerate(reasons):
         if isinstance(measured[i], BadAudio):
@@ -356,7 +363,7 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
     own = {
         "id": ids,
         "text": texts,
-        "speaker": _strings(raw[columns.speaker][:]) if columns.speaker else [None] * len(raw),
+        "speaker": speakers,
         "duration_s": durations,
         "dataset": [dataset_name] * len(raw),
         "split": [split] * len(raw),
@@ -375,6 +382,18 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
     audio = raw.select_columns([columns.audio]).rename_columns({columns.audio: "audio"})
     rows = datasets.concatenate_datasets([audio, datasets.Dataset(pyarrow.table(own))], axis=1)
     return rows.select(kept)
+
+
+def _check_speakers(wanted, speakers, column, where):
+    """Refuses --speakers where none of them speaks."""
+    there = sorted({speaker for speaker in speakers if speaker})
+    if not column:
+        raise UserError(f"{where} has no speaker column for --speakers: name it with --speaker_column_name.")
+    if not set(wanted) & set(there):
+        raise UserError(
+            f"{where} has no row of --speakers {' '.join(wanted)}; it has: {', '.join(there[:12])}."
+            f"{nearest(wanted[0], there)}"
+        )
 
 
 def _embeddings(raw, column, dataset_name):
