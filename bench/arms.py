@@ -38,9 +38,10 @@ SAME_WORK = {
 def ours(folder, model, data, recipe="whisper_full", off=None, **settings):
     """Runs a recipe under the clock and returns its timing; `off` names an entry of `levers.PATCHES`.
 
-    `settings` win over `SAME_WORK`; what neither says has the recipe's own default.
+    `settings` win over `SAME_WORK`, and None takes a setting away; what neither says has the recipe's own default.
     """
     arguments = SAME_WORK | {"model_name_or_path": str(model), "dataset_name": str(data)} | settings
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     arguments["output_dir"] = str(folder / "written" / "output")
     folder.mkdir(parents=True)
     (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments))
@@ -48,8 +49,11 @@ def ours(folder, model, data, recipe="whisper_full", off=None, **settings):
     return launch(folder, script, [str(folder / "arguments.yaml")], {"HFSPEECH_BENCH_OFF": off or ""})
 
 
-def rival(arm, folder, model, data, *flags, **settings):
-    """Runs the published way under the clock and returns its timing; `flags` have no value, `settings` have one."""
+def rival(arm, folder, model, data, *flags, script="whisper_hf.py", **settings):
+    """Runs the published way under the clock and returns its timing; `flags` have no value, `settings` have one.
+
+    A setting of None is left to the script, one of `rivals`.
+    """
     settings = {
         "arm": arm,
         "model_name_or_path": model,
@@ -59,9 +63,9 @@ def rival(arm, folder, model, data, *flags, **settings):
         "learning_rate": SAME_WORK["learning_rate"],
         "warmup_steps": SAME_WORK["warmup_steps"],
     } | settings
-    argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    argv = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
     folder.mkdir(parents=True)
-    return launch(folder, BENCH / "rivals" / "whisper_hf.py", argv + [f"--{flag}" for flag in flags])
+    return launch(folder, BENCH / "rivals" / script, argv + [f"--{flag}" for flag in flags])
 
 
 def launch(folder, script, argv, variables=()):
@@ -178,11 +182,12 @@ def write_record(output, args, **parts):
     print(f"\nwritten to {output}")
 
 
-def add_common_flags(parser, output):
-    """Adds the flags that every bench has."""
+def add_common_flags(parser, output, shapes=("tiny", "small", "large-v3")):
+    """Adds the flags that every bench has; the first of the shapes is the default."""
+    shapes = list(shapes)
     parser.add_argument("--output", type=Path, default=BENCH / "results" / output)
     parser.add_argument(
         "--work_dir", type=Path, default=BENCH.parent / "outputs" / "bench", help="material and run files"
     )
-    parser.add_argument("--shape", default="tiny", help="model of random weights: tiny, small or large-v3")
+    parser.add_argument("--shape", default=shapes[0], help=f"model of random weights: {', '.join(shapes)}")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each arm, each with a seed of its own")

@@ -1,10 +1,10 @@
-"""Makes what the benches run on, from nothing but this repository: speech of exact length, and a model of a known shape.
+"""Makes what the benches run on, from nothing but this repository: speech of known length, and a model of a known shape.
 
     python bench/material.py --duration_s 5 --num_train 2000 --shape tiny --output_dir outputs/bench/material
 
 Speech: the clips of assets/espeak_digits, joined and cut. Model: random weights in the shape of a published Whisper,
-with a tokenizer of as many entries that needs about as many tokens for a second of speech as English does. Good for
-measuring speed and for nothing else.
+with a tokenizer of as many entries that needs about as many tokens for a second of speech as English does; or in the
+shape of the published SpeechT5, with the nano SpeechT5's tokenizer of letters. Good for measuring speed and for nothing else.
 """
 
 import argparse
@@ -16,10 +16,15 @@ from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import soundfile
 import torch
 from transformers import (
     GenerationConfig,
+    SpeechT5Config,
+    SpeechT5ForTextToSpeech,
+    SpeechT5Processor,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -39,10 +44,31 @@ SHAPES = {
     "small": {"d_model": 768, "layers": 12, "heads": 12, "num_mel_bins": 80, "vocab_size": 51865},
     "large-v3": {"d_model": 1280, "layers": 32, "heads": 20, "num_mel_bins": 128, "vocab_size": 51866},
 }
+# "base" is the library's default configuration, which has the size of microsoft/speecht5_tts.
+SPEECHT5_SHAPES = {
+    "base": {},
+    "tiny": {
+        "hidden_size": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "decoder_layerdrop": 0.0,  # transformers fails in the step that drops all, which with two of them it will
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 512,
+        "decoder_ffn_dim": 512,
+        "speech_decoder_prenet_units": 64,
+        "speech_decoder_postnet_units": 64,
+    },
+}
 NUM_BYTE_PAIRS = 50257  # of OpenAI's vocabulary; special tokens, languages and timestamps follow
 # The joined clips have two digits a second. A digit word is one token, two with its space; where only these words swallow
 # theirs there are about 3.2 tokens a second, as in English.
 WORDS_WITH_SPACE = {"zero", "one", "two", "three", "four"}
+CHARACTERS_PER_SECOND = 15  # of read English, spaces included
+ENGLISH_WORDS = (
+    "the of and to in a is that it was for on are with as his they at be this from have or by had not river garden "
+    "morning window because between thought country another children"
+).split()
 
 
 def make_speech(folder, duration_s, num_train, num_validation=64, num_test=64, seed=0):
@@ -69,6 +95,50 @@ def make_speech(folder, duration_s, num_train, num_validation=64, num_test=64, s
             csv.writer(file, lineterminator="\n").writerows([("file_name", "transcription"), *rows])
     part.rename(folder)
     return folder
+
+
+def make_text_and_speech(folder, least_s, most_s, num_train, seed=0):
+    """Writes a corpus for speech synthesis, FLAC at 16 kHz, unless it is there.
+
+    As `make_speech`, but utterances last from `least_s` to `most_s` seconds, evenly spread, and their text is English
+    words at `CHARACTERS_PER_SECOND`, not what is said: nobody is to learn it. `metadata.parquet` of the splits train (
+    `num_train` rows), validation and test (one each) has the columns file_name, text and speaker_embeddings, a random
+    vector of 512 numbers and length 1 for each row.
+
+    Returns:
+        The folder, a `Path`.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for number, (split, count) in enumerate(zip(SPLITS, (num_train, 1, 1))):
+        (part / split).mkdir(parents=True)
+        rng = np.random.default_rng([seed, number])
+        durations_s = rng.uniform(least_s, most_s, count)
+        embeddings = rng.standard_normal((count, SpeechT5Config().speaker_embedding_dim), dtype=np.float32)
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        jobs = [
+            (part / split / f"{row:05d}.flac", duration_s, [seed, number, row])
+            for row, duration_s in enumerate(durations_s)
+        ]
+        with Pool(initializer=_read_clips, initargs=(split,)) as pool:
+            pool.starmap(_write_utterance, jobs, chunksize=50)
+        columns = {
+            "file_name": [path.name for path, *_ in jobs],
+            "text": [_english_like(round(CHARACTERS_PER_SECOND * duration_s), rng) for duration_s in durations_s],
+            "speaker_embeddings": list(embeddings),
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), part / split / "metadata.parquet")
+    part.rename(folder)
+    return folder
+
+
+def _english_like(num_characters, rng):
+    """Returns words in random order that make a text of so many characters, the last word cut."""
+    words = rng.choice(ENGLISH_WORDS, num_characters)
+    return " ".join(words)[:num_characters].strip()
 
 
 def _read_clips(split):
@@ -152,6 +222,31 @@ def make_model(folder, shape="tiny", seed=0):
     model.save_pretrained(part)
     extractor = WhisperFeatureExtractor(feature_size=dimensions["num_mel_bins"])
     WhisperProcessor(extractor, tokenizer).save_pretrained(part)
+    part.rename(folder)
+    return folder
+
+
+def make_speecht5(folder, shape="base", seed=0):
+    """Writes a SpeechT5 of random weights with the nano SpeechT5's processor, unless it is there.
+
+    Args:
+        folder: where to.
+        shape: a key of `SPEECHT5_SHAPES`.
+        seed: of the weights.
+
+    Returns:
+        The folder, a `Path`.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    processor = SpeechT5Processor.from_pretrained(ASSETS / "nano_speecht5")
+    torch.manual_seed(seed)
+    config = SpeechT5Config(vocab_size=len(processor.tokenizer), **SPEECHT5_SHAPES[shape])
+    SpeechT5ForTextToSpeech(config).save_pretrained(part)
+    processor.save_pretrained(part)
     part.rename(folder)
     return folder
 

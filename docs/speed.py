@@ -1,6 +1,6 @@
 """Tables and the plot of docs/performance.md, made from the records under bench/results.
 
-python docs/speed.py    # draws docs/performance.svg anew; needs matplotlib
+python docs/speed.py    # draws docs/performance.svg anew
 """
 
 import hashlib

@@ -113,7 +113,7 @@ def test_no_sound_has_no_distance(sound):
 
 def test_a_few_samples_are_enough():
     assert mel_cepstral_distortion(voiced_sound(120)[:512], recording(0)) > 1
-    assert mel_cepstra(np.array([0.1])).shape == (1, 13)
+    assert mel_cepstra(np.array([0.1])).shape[1] == 13
 
 
 def naive_warping(a, b):

@@ -126,14 +126,14 @@ def log_mel_spectrogram(waveform, feature_extractor):
     import torch
 
     e = feature_extractor
-    waveform = torch.as_tensor(waveform, dtype=torch.float32)
+    waveform = torch.as_tensor(waveform).double()  # in single precision the softest bands drown in rounding
     if len(waveform) <= e.n_fft // 2:  # too short to be mirrored at its ends
         waveform = torch.nn.functional.pad(waveform, (0, e.n_fft // 2 + 1 - len(waveform)))
-    window = torch.as_tensor(e.window, dtype=torch.float32)
+    window, mel_filters = torch.as_tensor(e.window), torch.as_tensor(e.mel_filters)
     magnitudes = torch.stft(
         waveform, e.n_fft, e.sample_stride, e.sample_size, window, center=True, pad_mode="reflect", return_complex=True
     ).abs()
-    return (magnitudes.T @ torch.as_tensor(e.mel_filters, dtype=torch.float32)).clamp(min=e.mel_floor).log10()
+    return (magnitudes.T @ mel_filters).clamp(min=e.mel_floor).log10().float()
 
 
 def write(path, waveform, sampling_rate=SAMPLING_RATE):

@@ -74,7 +74,7 @@ class LocalSource:
                 raise UserError(f"{name} is none of {', '.join(MANIFEST_SUFFIXES)}; give a manifest or a folder.")
             files = {None: [path]}
         for split, paths in files.items():
-            self._tables[split] = _read_files(paths), str(paths[0].resolve().parent)
+            self._tables[split] = read_table(paths), str(paths[0].resolve().parent)
         if None in self._tables:
             self._part(path)
 
@@ -219,8 +219,15 @@ def _metadata(folder):
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _read_files(paths):
-    """Reads the manifests of one split as a `datasets.Dataset`; text of any manifest but parquet stays text."""
+def read_table(paths):
+    """Reads the manifests of one split as a `datasets.Dataset`; text of any manifest but parquet stays text.
+
+    Args:
+        paths: list of Path, one manifest, or several shards of parquet.
+
+    Raises:
+        UserError: a manifest cannot be read, or holds no rows.
+    """
     import datasets
 
     suffix = paths[0].suffix

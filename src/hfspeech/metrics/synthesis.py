@@ -11,14 +11,12 @@ from functools import lru_cache
 import jiwer
 import numpy as np
 
-from hfspeech.audio import SAMPLING_RATE
+from hfspeech.audio import SAMPLING_RATE, log_mel_spectrogram
 from hfspeech.errors import UserError
 from hfspeech.metrics.transcripts import ratios, rows_by_value, score, total_rate
 from hfspeech.text import normalizer as normalizer_named
 
-# Frames as SpeechT5FeatureExtractor makes them: 16 ms apart, 64 ms long, amplitudes in 80 slaney mel bands.
-HOP, WINDOW = 256, 1024
-NUM_MEL_BINS, MIN_HZ, MAX_HZ, MEL_FLOOR = 80, 80, 7600, 1e-10
+HOP = 256  # samples between the frames of SpeechT5FeatureExtractor: 16 ms
 NUM_CEPSTRA = 13
 
 # Pitch: from a deep man's voice to a child's; the window holds two periods of the lowest.
@@ -181,23 +179,18 @@ def mel_cepstra(waveform):
     speech = _speech(waveform)
     if len(speech) == 0:
         return np.zeros((0, NUM_CEPSTRA))
-    window, mel_filters, cosines = _analysis()
-    frames = np.lib.stride_tricks.sliding_window_view(np.pad(speech, WINDOW // 2, mode="reflect"), WINDOW)[::HOP]
-    spectrum = np.abs(np.fft.rfft(frames * window, axis=1))
-    return np.log(np.maximum(spectrum @ mel_filters, MEL_FLOOR)) @ cosines
+    extractor, cosines = _analysis()
+    return np.log(10) * log_mel_spectrogram(speech, extractor).double().numpy() @ cosines
 
 
 @lru_cache(maxsize=1)
 def _analysis():
-    from transformers.audio_utils import mel_filter_bank, window_function
+    from transformers import SpeechT5FeatureExtractor
 
-    mel_filters = mel_filter_bank(
-        WINDOW // 2 + 1, NUM_MEL_BINS, MIN_HZ, MAX_HZ, SAMPLING_RATE, norm="slaney", mel_scale="slaney"
-    )
-    bands, orders = np.arange(NUM_MEL_BINS) + 0.5, np.arange(1, NUM_CEPSTRA + 1)
-    cosines = np.cos(np.pi / NUM_MEL_BINS * np.outer(bands, orders)) * 2 / NUM_MEL_BINS
-    window = window_function(WINDOW, "hann_window", periodic=True)
-    return window, mel_filters, cosines
+    extractor = SpeechT5FeatureExtractor()
+    bands, orders = np.arange(extractor.num_mel_bins) + 0.5, np.arange(1, NUM_CEPSTRA + 1)
+    cosines = np.cos(np.pi / extractor.num_mel_bins * np.outer(bands, orders)) * 2 / extractor.num_mel_bins
+    return extractor, cosines
 
 
 def align(a, b):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ import transformers
 from hfspeech.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+# peft asks transformers for a property by its old name, and nobody who fine-tunes can do anything about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def resolve(name_or_path):
