@@ -101,8 +101,8 @@ def main():
         },
         "ceiling": found[0]["ceiling"],
     }
-    record = read_json(args.output) if args.output.exists() else {}
-    write_json(args.output, {**record, args.name: entry})
+    models = read_json(args.output)["models"] if args.output.exists() else {}
+    write_json(args.output, {"environment": entry["environment"], "models": {**models, args.name: entry}})
     for figure in FIGURES:
         print(f"{args.name}: {figure} {entry[figure]['mean']:.4f}  {[round(x, 3) for x in entry[figure]['of_seed']]}")
     print(entry["stop"], entry["wer_by_speaker"], entry["ceiling"])

@@ -67,7 +67,7 @@ def voice_table(name):
         "|---|---|---|---|---|---|---|",
     ]
     origins = []
-    for title, entry in record.items():
+    for title, entry in record["models"].items():
         wer, ceiling = entry["wer"], entry["ceiling"]
         spread = f"{100 * min(wer['of_seed']):.1f}–{100 * max(wer['of_seed']):.1f}"
         lines.append(
@@ -80,7 +80,9 @@ def voice_table(name):
             f"- {title}: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {entry['rows']} rows, "
             f"{len(entry['seeds'])} seeds."
         )
-    return "\n".join([*lines, "", f"`{name}`; in brackets the least and the most over the seeds.", "", *origins]) + "\n"
+    return (
+        "\n".join([*lines, "", f"`{name}`; in brackets the least and the most over the seeds.", "", *origins]) + "\n"
+    )
 
 
 def _line(title, before, after):

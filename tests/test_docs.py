@@ -12,6 +12,8 @@ from conftest import ROOT
 from hfspeech.arguments import (
     DataArguments,
     LoraArguments,
+    SpeechT5Arguments,
+    SpeechT5TrainingArguments,
     WhisperArguments,
     WhisperTrainingArguments,
     parse_arguments,
@@ -25,7 +27,7 @@ render = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(render)
 
 DOCUMENTS = render.documents()
-RECORDS = sorted([*(ROOT / "recipes").glob("*/*.json"), *(ROOT / "assets/nano_whisper").glob("results*.json")])
+RECORDS = sorted([*(ROOT / "recipes").glob("*/*.json"), *(ROOT / "assets").glob("nano_*/results*.json")])
 BENCHES = sorted((ROOT / "bench/results").glob("*.json"))
 
 
@@ -72,8 +74,13 @@ def test_commands_parse(line):
 
 
 def parse_run(arguments_file, flags):
-    classes = (DataArguments, WhisperArguments, LoraArguments, WhisperTrainingArguments)
-    parse_arguments(read_arguments_file(arguments_file), list(flags), classes)
+    settings = read_arguments_file(arguments_file)
+    is_speecht5 = "speecht5" in str(arguments_file)
+    family = (
+        (SpeechT5Arguments, SpeechT5TrainingArguments) if is_speecht5 else (WhisperArguments, WhisperTrainingArguments)
+    )
+    classes = (DataArguments, *family, LoraArguments)
+    parse_arguments(settings, list(flags), classes)
 
 
 @pytest.mark.parametrize("path", [*RECORDS, *BENCHES], ids=lambda path: str(path.relative_to(ROOT)))
