@@ -12,7 +12,7 @@ from conftest import NANO, NANO_SPEECHT5, ROOT, environment, launch, recipe_comm
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recipes import kill_all, wait_for, weights
-from transformers import SpeechT5ForTextToSpeech, SpeechT5Processor, pipeline
+from transformers import SpeechT5ForTextToSpeech, SpeechT5HifiGan, SpeechT5HifiGanConfig, SpeechT5Processor, pipeline
 
 from hfspeech.audio import decode
 from hfspeech.models.speecht5 import load_speecht5_for_inference
@@ -95,7 +95,10 @@ def test_stock_tools_load_the_model(finished):
     torch.testing.assert_close(ours.generate_speech(ids, voice[None]), spectrogram, rtol=1e-3, atol=1e-3)
     assert settings["vocoder"] == "griffin_lim" and list(speakers) == ["slt"]
     if recipe == "speecht5_full":
-        say = pipeline("text-to-speech", model=str(output_dir), device="cpu")
+        config = SpeechT5HifiGanConfig(
+            upsample_initial_channel=16, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]]
+        )
+        say = pipeline("text-to-speech", model=str(output_dir), vocoder=SpeechT5HifiGan(config), device="cpu")
         spoken = say("four two nine", forward_params={"speaker_embeddings": voice[None]})
         assert np.asarray(spoken["audio"]).size > 0
 
@@ -126,7 +129,14 @@ def test_the_arguments_file_serves_another_dataset(recipe, short_voice, tmp_path
     """What the README says: args.yaml with a voice of one's own, whose splits and columns are named otherwise."""
     command = [sys.executable, f"recipes/{recipe}/run.py", "--dataset_name", str(short_voice), "--language", "en"]
     command += ["--model_name_or_path", str(NANO_SPEECHT5), "--asr_model_name_or_path", str(NANO), "--max_steps", "2"]
-    command += ["--vocoder", "griffin_lim", "--speaker_encoder", "mel_statistics", "--output_dir", str(tmp_path / "run")]
+    command += [
+        "--vocoder",
+        "griffin_lim",
+        "--speaker_encoder",
+        "mel_statistics",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     command += ["--speaker_embedding_per", "dataset"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
