@@ -95,7 +95,12 @@ def test_recipes_differ_only_in_their_idea(family):
         (ROOT / "recipes" / f"{family}_{method}" / "run.py").read_text().splitlines() for method in ("full", "lora")
     )
     own = [line for line in full if line not in lora and f"recipes/{family}_full/" not in line]
-    starts = ['"""Teach ', "from hfspeech.arguments import", "    data_args, model_args, train_args = parse(", "    # Model: "]
+    starts = [
+        '"""Teach ',
+        "from hfspeech.arguments import",
+        "    data_args, model_args, train_args = parse(",
+        "    # Model: ",
+    ]
     assert [line.startswith(start) for line, start in zip(own, starts)] == [True] * 4 and len(own) == 4
 
 

@@ -1,5 +1,6 @@
 """Every mistake of a user ends in one sentence that says what, where and what to type next, and in exit code 2."""
 
+import csv
 import json
 import logging
 import os
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import safetensors.torch
+import soundfile
 import yaml
-from conftest import NANO, NEW_DIGITS, ROOT, environment, launch, recipe_command
+from conftest import NANO, NANO_SPEECHT5, NEW_DIGITS, ROOT, VOICE, environment, launch, recipe_command
 from loopback_hub import LoopbackHub
 
 from hfspeech.runs import last_checkpoint
@@ -337,3 +340,54 @@ def test_quantisation_without_cuda(refusal):
 def test_adapter_targets_that_match_nothing(refusal):
     message = refusal("--lora_target_modules", "query")
     assert "--lora_target_modules query" in message and "q_proj" in message and "all-linear" in message
+
+
+# SpeechT5
+
+
+@pytest.mark.parametrize(
+    "recipe, flags, message",
+    [
+        ("speecht5_full", ["--model_name_or_path", NANO], "is a whisper model, not a SpeechT5"),
+        ("speecht5_full", ["--model_name_or_path", VOICE], "holds no config.json, so it is not a model"),
+        ("speecht5_lora", ["--add_characters", "äö"], "use the recipe speecht5_full"),
+        ("speecht5_full", ["--vocoder", "griffin_lin"], "Did you mean 'griffin_lim'?"),
+        ("speecht5_full", ["--asr_model_name_or_path", NANO_SPEECHT5], "not a Whisper"),
+        ("speecht5_full", ["--speaker_encoder", "speechbrain/spkrec-xvect-voxceleb"], "pip install speechbrain"),
+        ("speecht5_full", ["--speaker_encoder", NANO], "WavLM"),
+        ("speecht5_full", ["--streaming", "true"], "leave --streaming out"),
+        ("speecht5_full", ["--speakers", "awb"], "has no row of --speakers awb; it has: slt"),
+        ("speecht5_full", ["--speaker_embeddings_file", "voices.npy"], "There is no file voices.npy"),
+        ("speecht5_full", ["--lora_r", "4"], "there is no setting --lora_r"),
+        ("speecht5_full", ["--encoder_window", "auto"], "there is no setting --encoder_window"),
+    ],
+)
+def test_speecht5_refuses_in_one_sentence(refusal, recipe, flags, message):
+    assert message in refusal(*QUICK, *flags, recipe=recipe, data=VOICE)
+
+
+def test_a_flag_without_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "hfspeech.cli", "--foo"], cwd=ROOT, env=environment(), text=True, capture_output=True
+    )
+    assert done.returncode == 2
+    assert sentence(done.stderr) == (
+        "hfspeech: a command comes first, not --foo. Choose from check, evaluate, transcribe, synthesize."
+    )
+
+
+def test_long_silence_at_the_ends_is_cut_off_and_said(short_voice, tmp_path):
+    data = shutil.copytree(short_voice, tmp_path / "voice")
+    for path in data.rglob("*.ogg"):
+        waveform, rate = soundfile.read(path)
+        soundfile.write(path, np.pad(waveform, 16000), rate, format="OGG", subtype="OPUS")
+    for table in data.rglob("metadata.csv"):
+        rows = list(csv.DictReader(table.open(newline="")))
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", "text", "speaker"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    done = launch(
+        "speecht5_lora", *QUICK, "--max_steps", "1", data=data, output_dir=tmp_path / "out", launcher="python"
+    )
+    assert "Silence at the ends of the recordings is cut off, 2." in done.stderr

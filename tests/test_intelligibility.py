@@ -42,9 +42,7 @@ def test_each_voice_of_the_nano_model_can_be_understood(recognise, rows):
     assert set(speakers) == {"awb", "kal16", "rms"}
     texts, voices = [row["text"] for row in rows], sorted(speakers)
     wanted = [voices[number % 3] for number in range(len(texts))]
-    spoken = list(
-        synthesize(model, processor, front_end, vocoder, texts, (speakers[name] for name in wanted), seed=1)
-    )
+    spoken = list(synthesize(model, processor, front_end, vocoder, texts, (speakers[name] for name in wanted), seed=1))
     # 4 to 5 % of the words are misheard over many strings and seeds; nonsense would be heard as digits 90 to 100 % wrong.
     assert jiwer.wer(texts, recognise([one.waveform for one in spoken])) < 0.15
     assert not any(one.is_unfinished for one in spoken)

@@ -579,7 +579,9 @@ def test_the_precision_of_a_cpu_depends_on_the_model(few_digits, tmp_path):
 
 
 def test_bf16_on_a_cpu_trains_and_measures(few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfspeech.training.trainer.can_train_in_bf16", lambda d_model: (True, "bf16: the test says so"))
+    monkeypatch.setattr(
+        "hfspeech.training.trainer.can_train_in_bf16", lambda d_model: (True, "bf16: the test says so")
+    )
     trainer = make_trainer(
         few_digits, tmp_path, **QUIET, max_steps=30, model_changes=FROZEN, lora=False, full_window_share=0.0
     )

@@ -89,7 +89,9 @@ def _speech_lines(before, after):
     for column, values in after["groups"].items():
         before_of = before.get("groups", {}).get(column, {})
         for value, of_value in values.items():
-            lines.append((f"  words misheard, {column}: {value}", rate_text(before_of.get(value)), rate_text(of_value), ""))
+            lines.append(
+                (f"  words misheard, {column}: {value}", rate_text(before_of.get(value)), rate_text(of_value), "")
+            )
     return lines
 
 

@@ -82,11 +82,17 @@ class XVectorEncoder:
     """Speaker embeddings of a `WavLMForXVector`, remembered on disk by what was heard."""
 
     def __init__(self, name, revision="main"):
-        from transformers import AutoFeatureExtractor, WavLMForXVector
+        from transformers import AutoConfig, AutoFeatureExtractor, WavLMForXVector
 
         self.name = name
         source = resolve(name)
         with loading(source, revision, "WavLMForXVector"):
+            kind = AutoConfig.from_pretrained(source, revision=revision).model_type
+            if kind != "wavlm":
+                raise UserError(
+                    f"--speaker_encoder {name} is a {kind} model, not a WavLM: give one such as "
+                    "microsoft/wavlm-base-plus-sv, or mel_statistics."
+                )
             self.extractor = AutoFeatureExtractor.from_pretrained(source, revision=revision)
             self.model = WavLMForXVector.from_pretrained(source, revision=revision).eval().to(best_device())
         if self.model.config.xvector_output_dim != DIM:

@@ -28,6 +28,8 @@ def main(argv=None):
             f"There is no command {argv[0]!r}.{nearest(argv[0], commands)} Choose from {', '.join(commands)}."
         )
     args, unknown = parser.parse_known_args(argv)
+    if args.command is None:
+        raise UserError(f"hfspeech: a command comes first, not {argv[0]}. Choose from {', '.join(commands)}.")
     if unknown:
         known = [flag for action in commands[args.command]._actions for flag in action.option_strings]
         raise UserError(

@@ -1,6 +1,7 @@
 """`SpeechT5Trainer`: fine-tunes a SpeechT5, and lets others listen to it."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
@@ -13,7 +14,10 @@ from hfspeech.models.speecht5 import save_synthesis
 from hfspeech.runs import SAMPLES_FOLDER
 from hfspeech.training.trainer import SpeechTrainer
 
+TOLD_SILENCE_S = 0.3  # silence at the ends of a recording that is worth a word
 SAMPLES = 4  # test rows that can be listened to, before and after
+
+logger = logging.getLogger("hfspeech")
 
 
 class SpeechT5Trainer(SpeechTrainer):
@@ -44,6 +48,7 @@ class SpeechT5Trainer(SpeechTrainer):
         self.targets_per_item = processing_class.feature_extractor.num_mel_bins  # a label for each band of a frame
         self._parts, self._frames = {}, 0
         self._vocoded = {}
+        self._told_of_silence = False
 
     # Loss
 
@@ -63,6 +68,16 @@ class SpeechT5Trainer(SpeechTrainer):
             logs = {**logs, **{_name(part): round(float(total) / frames, 4) for part, total in self._parts.items()}}
             self._parts, self._frames = {}, 0
         super().log(logs, start_time)
+
+    def _account(self, batch):
+        super()._account(batch)
+        cut_s, count = sum(batch["trimmed_s"]), len(batch["trimmed_s"])
+        if not self._told_of_silence and cut_s > TOLD_SILENCE_S * count:
+            self._told_of_silence = True
+            logger.warning(
+                "Silence at the ends of the recordings is cut off, %.1f s of %.1f s on average: the model would learn to "
+                "fall silent instead of stopping", cut_s / count, sum(batch["duration_s"]) / count,
+            )  # fmt: skip
 
     # Batches
 

@@ -271,8 +271,8 @@ class SpeechTrainer(Seq2SeqTrainer):
     def measure(self, when, speech):
         """Scores the test rows, and those of the old condition, `before` or `after` training.
 
-        What is found goes into `results.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with `eval_on_start`
-        off there is none.
+        What is found goes into `results.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with
+        `eval_on_start` off there is none.
 
         Args:
             when: `before` or `after`.
@@ -295,8 +295,8 @@ class SpeechTrainer(Seq2SeqTrainer):
                 entry = self.predictions.setdefault((split, row["index"]), {"set": split})
                 entry |= {name: value for name, value in known.items() if value is not None}
                 entry[when] = row["prediction"]
-                found = {name: value for name, value in row.items() if name not in known}
-                entry |= {f"{when}_{name}": found[name] for name in found.keys() - {"prediction", "is_unfinished"}}
+                told = {*known, "prediction", "is_unfinished"}
+                entry |= {f"{when}_{name}": value for name, value in row.items() if name not in told}
             self.write_results(speech)
 
     def measure_further(self, when, split, dataset, score):
