@@ -53,7 +53,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--speaker_column_name")
+    parser.add_argument("--speakers", nargs="+", help="rows of these speakers only")
     parser.add_argument("--name", required=True, help="of the entry in the record")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--output", type=Path, default=RECORD)
@@ -64,10 +64,11 @@ def main():
     model, processor, settings, speakers = load_speecht5_for_inference(args.model)
     vocoder = load_vocoder(settings.get("vocoder", "griffin_lim"))
     encoder = load_speaker_encoder(settings.get("speaker_encoder", "mel_statistics"))
-    dataset = load_split(DataArguments(dataset_name=[args.dataset_name]), args.split)
+    data_args = DataArguments(dataset_name=[args.dataset_name], speakers=args.speakers)
+    dataset = load_split(data_args, args.split)
     voices = Voices("speaker", speakers)
     if not set(dataset.column("speaker")) <= speakers.keys():  # voices that the model has never been told of
-        train = load_split(DataArguments(dataset_name=[args.dataset_name]), "train")
+        train = load_split(data_args, "train")
         rows = {"train": train, "test": dataset}
         voices = find_voices(rows, SpeechT5Arguments(model_name_or_path=args.model), encoder)
     collator = SpeechT5Collator(processor, TextFrontEnd(processor.tokenizer), voices, model.config)

@@ -10,6 +10,8 @@ from conftest import ROOT
 from hfspeech.arguments import (
     DataArguments,
     LoraArguments,
+    SpeechT5Arguments,
+    SpeechT5TrainingArguments,
     WhisperArguments,
     WhisperTrainingArguments,
     default_num_workers,
@@ -247,7 +249,9 @@ def test_choices_made_for_the_user_give_their_reason(parsed):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_a_shipped_file_parses_and_repeats_no_default(path):
-    types = ALL if "lora" in path.parent.name else tuple(t for t in ALL if t is not LoraArguments)
+    of_speecht5 = {WhisperArguments: SpeechT5Arguments, WhisperTrainingArguments: SpeechT5TrainingArguments}
+    types = [of_speecht5.get(t, t) for t in ALL] if "speecht5" in path.parent.name else list(ALL)
+    types = types if "lora" in path.parent.name else [t for t in types if t is not LoraArguments]
     instances = parse(path.parent / "run.py", *types, argv=[str(path), "--use_cpu"])
     settings = yaml.safe_load(path.read_text())
     defaults = {
@@ -264,4 +268,6 @@ def test_a_shipped_file_parses_and_repeats_no_default(path):
 
 
 def test_the_shipped_files_are_found():
-    assert {p.parent.name for p in SHIPPED} >= {"whisper_lora", "whisper_full", "nano_whisper"}
+    assert {p.parent.name for p in SHIPPED} >= {
+        "whisper_lora", "whisper_full", "nano_whisper", "speecht5_lora", "speecht5_full", "nano_speecht5",
+    }  # fmt: skip

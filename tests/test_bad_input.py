@@ -351,7 +351,7 @@ def test_adapter_targets_that_match_nothing(refusal):
         ("speecht5_full", ["--model_name_or_path", NANO], "is a whisper model, not a SpeechT5"),
         ("speecht5_full", ["--model_name_or_path", VOICE], "holds no config.json, so it is not a model"),
         ("speecht5_lora", ["--add_characters", "äö"], "use the recipe speecht5_full"),
-        ("speecht5_full", ["--vocoder", "griffin_lin"], "Did you mean 'griffin_lim'?"),
+        ("speecht5_full", ["--vocoder", "griffin_lin"], "Did you mean griffin_lim?"),
         ("speecht5_full", ["--asr_model_name_or_path", NANO_SPEECHT5], "not a Whisper"),
         ("speecht5_full", ["--speaker_encoder", "speechbrain/spkrec-xvect-voxceleb"], "pip install speechbrain"),
         ("speecht5_full", ["--speaker_encoder", NANO], "WavLM"),
