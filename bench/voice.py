@@ -15,6 +15,7 @@ sys.path.append(sys.path.pop(0))  # this folder last: its evaluate.py is not the
 
 import numpy as np
 import torch
+from recogniser import DigitRecogniser
 
 from hfspeech.arguments import DataArguments, SpeechT5Arguments
 from hfspeech.batching import SpeechT5Collator
@@ -27,7 +28,6 @@ from hfspeech.models.vocoders import load_vocoder
 from hfspeech.runs import environment, read_json, write_json
 from hfspeech.spelling import TextFrontEnd
 from hfspeech.voices import Voices, find_voices, load_speaker_encoder
-from recogniser import DigitRecogniser
 
 RECORD = Path(__file__).parent / "results/voice.json"
 FIGURES = ("wer", "cer", "mcd", "log_f0_rmse", "speaker_similarity", "duration_ratio")
