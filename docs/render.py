@@ -157,6 +157,8 @@ MAKERS = {
     "peak": speed.peak_table,
     "first_step": speed.first_step_table,
     "quality": speed.quality_table,
+    "synthesize": speed.synthesize_table,
+    "train_tts": speed.train_tts_table,
 }
 
 

@@ -127,6 +127,33 @@ def first_step_table(name):
     return "\n".join([*lines, "", origin(name)]) + "\n"
 
 
+def synthesize_table(name):
+    """Returns a Markdown table of how fast a SpeechT5 speaks, beside stock generation."""
+    cases = {"batch_1": "1 text", "batch_8": "8 texts", "batch_1_vocoder": "1 text, with HiFi-GAN",
+             "batch_8_vocoder": "8 texts, with HiFi-GAN"}  # fmt: skip
+    lines = ["| at once | ours | ours, fp32 weights | stock | against stock | fp32 against stock |", "|---" * 6 + "|"]
+    for case, arms in read(name)["summary"].items():
+        speeds = [number(arms[arm]["median"]["times_real_time"]) for arm in ("ours", "ours_fp32", "stock")]
+        ratios = [arms[arm]["ratio"]["stock"]["frames_per_s"]["median"] for arm in ("ours", "ours_fp32")]
+        ratios = [f"**{times(ratios[0])}**", times(ratios[1])]
+        lines.append(f"| {cases[case]} | {speeds[0]} times real time | {' | '.join([*speeds[1:], *ratios])} |")
+    return "\n".join([*lines, "", *origins([name])]) + "\n"
+
+
+def train_tts_table(name):
+    """Returns a Markdown table of SpeechT5 training beside the published course's way."""
+    summary = read(name)["summary"]
+    lines = ["| arm | s of audio a second | against B1 | padding | peak memory | disk |", "|---" * 6 + "|"]
+    for arm, entry in summary.items():
+        median, ratio = entry["median"], (entry["ratio"].get("B1") or {}).get("audio_s_per_s")
+        lines.append(
+            f"| {arm.replace('_', ' ')} | {number(median['audio_s_per_s'])} | {'**' + times(ratio['median']) + '**' if ratio else '–'} "
+            f"| {100 * median['padding_share']:.0f} % | {number(median['peak_rss_bytes'] / 1e6)} MB "
+            f"| {number(median['disk_bytes'] / 1e6)} MB |"
+        )
+    return "\n".join([*lines, "", *origins([name])]) + "\n"
+
+
 def quality_table(names):
     """Returns a Markdown table of the error rates of models tuned unpadded, beside those tuned on full windows."""
     kinds = {"short": "rows", "long": "long, cut in pauses", "pipeline": "long, stock pipeline"}

@@ -84,8 +84,10 @@ def load_speecht5_for_inference(name_or_path, revision="main"):
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
+        # An adapter saved by another tool may have no tokenizer: its base has.
         has_processor = has_file(source, "tokenizer_config.json", revision)
-        processor = SpeechT5Processor.from_pretrained(*((source,) if has_processor else (base,)), revision=revision)
+        place, at = (source, revision) if has_processor else (base, base_revision)
+        processor = SpeechT5Processor.from_pretrained(place, revision=at)
         model.hub_commit = hub_commit(source, revision, ADAPTER_CONFIG if adapter else "config.json")
         settings = _cached(source, SYNTHESIS_FILE, revision)
         settings = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}
