@@ -148,7 +148,7 @@ def train_tts_table(name):
         median, ratio = entry["median"], (entry["ratio"].get("B1") or {}).get("audio_s_per_s")
         lines.append(
             f"| {arm.replace('_', ' ')} | {number(median['audio_s_per_s'])} | {'**' + times(ratio['median']) + '**' if ratio else '–'} "
-            f"| {100 * median['padding_share']:.0f} % | {number(median['peak_rss_bytes'] / 1e6)} MB "
+            f"| {100 * median['padding']:.0f} % | {number(median['peak_rss_bytes'] / 1e6)} MB "
             f"| {number(median['disk_bytes'] / 1e6)} MB |"
         )
     return "\n".join([*lines, "", *origins([name])]) + "\n"
