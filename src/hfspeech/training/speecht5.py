@@ -99,12 +99,14 @@ class SpeechT5Trainer(SpeechTrainer):
         with torch.random.fork_rng():  # the decoder's dropout stays on: the same draws in each evaluation
             torch.manual_seed(self.args.seed)
             parts = speecht5(**inputs).loss_parts
-        spoken = self.speak(speecht5, batch)
-        waveforms = self.vocoder([one.spectrogram for one in spoken])
-        labels = [row[row[:, 0] != -100] for row in batch["labels"]]
+        labels = [row[row[:, 0] != -100] for row in batch["labels"].cpu()]
+        with torch.autocast(device.type, enabled=False):  # every frame is made of those before: no rounding between
+            spoken = self.speak(speecht5, batch)
+            waveforms = self.vocoder([one.spectrogram for one in spoken])
+            vocoded = self._through(labels)
         rows = [
-            {"waveform": waveform, "reference": reference, "vocoded": vocoded, "is_unfinished": one.is_unfinished}
-            for waveform, reference, vocoded, one in zip(waveforms, batch["waveforms"], self._through(labels), spoken)
+            {"waveform": waveform, "reference": reference, "vocoded": true, "is_unfinished": one.is_unfinished}
+            for waveform, reference, true, one in zip(waveforms, batch["waveforms"], vocoded, spoken)
         ]
         losses = {_name(part): values.tolist() for part, values in parts.items()}
         losses["loss"] = [sum(values) for values in zip(*losses.values())]
@@ -133,8 +135,7 @@ class SpeechT5Trainer(SpeechTrainer):
         if not batch["index"]:
             return
         model = base_of(self.accelerator.unwrap_model(self.model).eval())
-        with torch.no_grad(), self.accelerator.autocast():
-            spoken = self.speak(model, batch, output_attentions=True)
+        spoken = self.speak(model, batch, output_attentions=True)
         folder = Path(self.args.output_dir) / SAMPLES_FOLDER
         texts = [rows[[row["index"] for row in rows].index(index)]["text"] for index in batch["index"]]
         for number, waveform in enumerate(self.vocoder([one.spectrogram for one in spoken])):
