@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import AutoConfig
 
 from hfspeech.errors import UserError
 
@@ -119,6 +120,25 @@ def hub_commit(source, revision, filename="config.json"):
     from transformers.utils.hub import extract_commit_hash
 
     return extract_commit_hash(cached_file(source, filename, revision=revision), None)
+
+
+def read_config(source, revision, model_type, kind, example):
+    """Returns the configuration of a model, or says in one sentence that it is none, or of another kind.
+
+    Args:
+        source, revision: as for `loading`.
+        model_type: as transformers names it.
+        kind: the same for people.
+        example: a Hub id of one.
+    """
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise UserError(
+            f"{source} holds no config.json, so it is not a model: give a folder that holds a whole model."
+        )
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    if config.model_type != model_type:
+        raise UserError(f"{source} is a {config.model_type} model, not a {kind}: give one such as {example}.")
+    return config
 
 
 def read_adapter_config(source, revision):

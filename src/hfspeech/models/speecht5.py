@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, SpeechT5ForTextToSpeech, SpeechT5Processor
+from transformers import SpeechT5ForTextToSpeech, SpeechT5Processor
 
 from hfspeech.errors import UserError
 from hfspeech.modeling.speecht5 import make_trainable
@@ -17,6 +17,7 @@ from hfspeech.models.loading import (
     loading,
     quantization_config,
     read_adapter_config,
+    read_config,
     resolve,
 )
 from hfspeech.spelling import TextFrontEnd, add_characters
@@ -118,15 +119,7 @@ def _cached(source, filename, revision):
 
 
 def _speecht5_config(source, revision):
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-        raise UserError(
-            f"{source} holds no config.json, so it is not a model: give a folder that holds a whole model."
-        )
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    if config.model_type != "speecht5":
-        raise UserError(
-            f"{source} is a {config.model_type} model, not a SpeechT5: give one such as microsoft/speecht5_tts."
-        )
+    config = read_config(source, revision, "speecht5", "SpeechT5", "microsoft/speecht5_tts")
     kinds = config.architectures or ["SpeechT5ForTextToSpeech"]
     if "SpeechT5ForTextToSpeech" not in kinds:
         raise UserError(

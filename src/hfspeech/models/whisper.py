@@ -1,9 +1,8 @@
 """Whisper: loaded to be fine-tuned, or to transcribe."""
 
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
+from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from hfspeech.errors import UserError, nearest
@@ -16,6 +15,7 @@ from hfspeech.models.loading import (
     loading,
     quantization_config,
     read_adapter_config,
+    read_config,
     resolve,
 )
 
@@ -160,16 +160,7 @@ def set_language(model, processor, language, task, timestamps):
 
 
 def _whisper_config(source, revision):
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-        raise UserError(
-            f"{source} holds no config.json, so it is not a model: give a folder that holds a whole model."
-        )
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    if config.model_type != "whisper":
-        raise UserError(
-            f"{source} is a {config.model_type} model, not a Whisper: give one such as openai/whisper-small."
-        )
-    return config
+    return read_config(source, revision, "whisper", "Whisper", "openai/whisper-small")
 
 
 def _processor(source, revision):
