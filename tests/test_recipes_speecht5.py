@@ -147,6 +147,13 @@ def test_the_arguments_file_serves_another_dataset(recipe, short_voice, tmp_path
         SpeechT5ForTextToSpeech.from_pretrained(tmp_path / "run")
 
 
+def test_mixed_precision_trains(short_voice, tmp_path):
+    """bf16, as on every recent GPU; slow on this CPU, but the same path through accelerate."""
+    done = speak("speecht5_full", "--bf16", "true", "--max_steps", 2, data=short_voice, output_dir=tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert "bf16: given" in results["choices"] and results["train"]["steps"] == 2, done.stderr[-2000:]
+
+
 def test_check_looks_over_a_run(short_voice):
     command = [sys.executable, "-m", "hfspeech.cli", "check", "recipes/speecht5_lora/demo.yaml"]
     command += ["--dataset_name", str(short_voice), "--overfit", "--learning_rate", "1e-2"]

@@ -150,6 +150,18 @@ def test_each_part_of_the_loss_is_transformers_own(model, batch):
         torch.testing.assert_close(parts["guided"][number] / (2 * length), expected)
 
 
+def test_a_batch_without_a_good_row_teaches_nothing(model, collator):
+    nothing = collator([row(1.0, waveform=None, bad_audio="row 1, a.wav: 0 samples")])
+    make_trainable(model).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss = model(**inputs_of(nothing)).loss
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() and not p.grad.any() for p in model.parameters())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, before[name], msg=name)
+
+
 def test_off_diagonal_is_zero_on_the_diagonal_and_behind_the_end():
     found = off_diagonal(torch.tensor([4, 2]), torch.tensor([4, 3]), (4, 4), 0.4)
     torch.testing.assert_close(found[0].diagonal(), torch.zeros(4))

@@ -76,6 +76,8 @@ def test_xvectors_are_those_of_the_model_and_are_computed_once(wavlm, recordings
     def fails(*_, **__):
         raise AssertionError("computed twice")
 
+    assert torch.isfinite(encoder([waveforms[0][:1600]])).all()  # a tenth of a second is too little for its layers
+
     again = load_speaker_encoder(str(wavlm))
     monkeypatch.setattr(again.model, "forward", fails)
     torch.testing.assert_close(again(waveforms), found)
@@ -109,10 +111,14 @@ class TestFindVoices:
     def test_one_for_each_speaker(self, few_digits, nano_speecht5_processor):
         speech = self.speech(few_digits, nano_speecht5_processor)
         voices = self.find(speech)
+        assert set(voices.speakers) == set(speech["train"].column("speaker"))
         everyone = {name for rows in speech.values() for name in rows.column("speaker")}
-        assert set(voices.speakers) == everyone
-        row = speech["test"].record(0)
+        assert {name for _, name in voices.embeddings} == everyone
+        row = speech["train"].record(0)
         torch.testing.assert_close(voices.of(row), voices.speakers[row["speaker"]])
+        stranger = {**row, "dataset": "another"}  # the same name elsewhere is somebody else
+        with pytest.raises(KeyError):
+            voices.of(stranger)
 
     def test_one_for_each_utterance(self, few_digits, nano_speecht5_processor):
         speech = self.speech(few_digits, nano_speecht5_processor)
@@ -160,6 +166,8 @@ class TestFindVoices:
             (lambda p: save_file({"nobody": torch.ones(512)}, p / "f.safetensors"), "has no embedding for"),
             (lambda p: (p / "f.safetensors").write_bytes(b"broken"), "is damaged"),
             (lambda p: (p / "f.txt").write_text("1 2 3"), "a .safetensors or an .npy file"),
+            (lambda p: (p / "f.npy").write_bytes(b"broken"), "is damaged"),
+            (lambda p: np.save(p / "f.npy", np.zeros(512, np.float32)), "zero or not finite"),
             (lambda p: None, "There is no file"),
         ],
     )

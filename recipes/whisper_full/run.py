@@ -7,7 +7,7 @@ accelerate launch recipes/whisper_full/run.py --learning_rate 1e-5             #
 
 from transformers import set_seed
 
-from hfspeech.arguments import DataArguments, WhisperTrainingArguments, WhisperArguments, parse
+from hfspeech.arguments import DataArguments, WhisperArguments, WhisperTrainingArguments, parse
 from hfspeech.augment import augment
 from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech

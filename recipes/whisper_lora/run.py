@@ -7,7 +7,7 @@ accelerate launch recipes/whisper_lora/run.py --learning_rate 1e-4             #
 
 from transformers import set_seed
 
-from hfspeech.arguments import DataArguments, LoraArguments, WhisperTrainingArguments, WhisperArguments, parse
+from hfspeech.arguments import DataArguments, LoraArguments, WhisperArguments, WhisperTrainingArguments, parse
 from hfspeech.augment import augment
 from hfspeech.batching import WhisperCollator
 from hfspeech.data import load_speech

@@ -496,7 +496,7 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
 _DATASET_SETTINGS = {
     "dataset_config_name", "dataset_revision", "dataset_weights", "train_split_name", "eval_split_name",
     "test_split_name", "audio_column_name", "text_column_name", "id_column_name", "speaker_column_name",
-    "speaker_embedding_column_name", "group_columns",
+    "speaker_embedding_column_name", "speakers", "group_columns",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Looks over a run before it is paid for: settings, access, data, labels, loss, memory and time."""
 
+import dataclasses
 import itertools
 import math
 import tempfile
@@ -61,7 +62,10 @@ def check(arguments_file, flags=(), overfit=False):
     recipe = Path(arguments_file).with_name("run.py")
     story = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
     with_lora = any(name.startswith("lora_") or name == "use_dora" for name in given) or "LoraArguments" in story
-    family = _SpeechT5 if "SpeechT5Arguments" in story else _Whisper
+    own = {f.name for f in dataclasses.fields(SpeechT5Arguments)} - {
+        f.name for f in dataclasses.fields(WhisperArguments)
+    }
+    family = _SpeechT5 if "SpeechT5Arguments" in story or own & set(given) else _Whisper
     types = [DataArguments, *family.arguments, *([LoraArguments] if with_lora else [])]
     data_args, model_args, train_args, *lora_args = parse_arguments(settings, flags, types, source=arguments_file)
     _passed("arguments", f"{'; '.join([str(arguments_file), *train_args.choices])}")

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ MEL_STATISTICS = "mel_statistics"
 UTTERANCES = 10  # recordings of a speaker that its embedding is the mean of
 LEAST_S = 1.0  # shorter recordings say too little about who speaks
 ADVISED_S = 3.0
+LEAST_HEARD_S = 0.5  # networks fail on less: shorter recordings are followed by silence up to here
 ONE_VOICE = "voice"  # name of the speaker where the whole dataset has one
 
 logger = logging.getLogger("hfspeech")
@@ -110,7 +112,9 @@ class XVectorEncoder:
 
     @torch.no_grad()
     def _one(self, waveform):
-        inputs = self.extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(self.model.device)
+        inputs = self.extractor(_long_enough(waveform), sampling_rate=SAMPLING_RATE, return_tensors="pt").to(
+            self.model.device
+        )
         return torch.nn.functional.normalize(self.model(**inputs).embeddings[0].float().cpu(), dim=0)
 
 
@@ -135,8 +139,12 @@ class SpeechBrainEncoder:
 
     @torch.no_grad()
     def _one(self, waveform):
-        found = self.model.encode_batch(torch.from_numpy(waveform)[None]).squeeze().float().cpu()
+        found = self.model.encode_batch(torch.from_numpy(_long_enough(waveform))[None]).squeeze().float().cpu()
         return torch.nn.functional.normalize(found, dim=0)
+
+
+def _long_enough(waveform):
+    return np.pad(waveform, (0, max(0, round(LEAST_HEARD_S * SAMPLING_RATE) - len(waveform))))
 
 
 class _Cache:
@@ -186,17 +194,16 @@ class Voices:
 
     Args:
         per: `speaker`, `utterance`, `dataset` or `column`: what has an embedding of its own.
-        embeddings: dict of speaker, or of (split, row) for `utterance`, to a float32 tensor of shape (512,).
-
-    Attributes:
-        speakers: dict of speaker name to embedding, those that are of use for later.
+        embeddings: dict to a float32 tensor of shape (512,), of speaker name or (dataset, speaker name), or of (dataset,
+            split, row) for `utterance`.
+        speakers: dict of speaker name to embedding, those that are of use for later. Default: all of `embeddings`.
     """
 
     dim = DIM
 
-    def __init__(self, per, embeddings):
+    def __init__(self, per, embeddings, speakers=None):
         self.per, self.embeddings = per, embeddings
-        self.speakers = embeddings if per in ("speaker", "dataset") else {}
+        self.speakers = embeddings if speakers is None and per in ("speaker", "dataset") else speakers or {}
 
     def of(self, row):
         """Returns the embedding of a row, (512,) float32."""
@@ -207,7 +214,10 @@ class Voices:
     def _key(self, row):
         if self.per == "utterance":
             return row["dataset"], row["split"], row["row"]
-        return ONE_VOICE if self.per == "dataset" else row["speaker"]
+        if self.per == "dataset":
+            return ONE_VOICE
+        own = row.get("dataset"), row["speaker"]  # "1" of one dataset is not "1" of another
+        return own if own in self.embeddings else row["speaker"]
 
 
 def find_voices(speech, model_args, encoder):
@@ -242,7 +252,7 @@ def find_voices(speech, model_args, encoder):
                 )
     found = {}
     for rows in speech.values():  # train comes first
-        speakers = rows.column("speaker")
+        speakers = list(zip(rows.column("dataset"), rows.column("speaker")))
         if model_args.speaker_embedding_per == "dataset":
             speakers = [ONE_VOICE] * len(speakers)
         for speaker in dict.fromkeys(speakers):
@@ -250,7 +260,16 @@ def find_voices(speech, model_args, encoder):
                 numbers = [i for i, name in enumerate(speakers) if name == speaker]
                 found[speaker] = _mean_of(rows, numbers, encoder)
     logger.info("%d voices, by %s", len(found), encoder.name)
-    return Voices(model_args.speaker_embedding_per, found)
+    if model_args.speaker_embedding_per == "dataset":
+        return Voices("dataset", found)
+    return Voices("speaker", found, _learnt(speech["train"], found))
+
+
+def _learnt(train, found):
+    """Returns the voices that the training rows have, by name; by dataset and name where a name is not unique."""
+    keys = [key for key in dict.fromkeys(zip(train.column("dataset"), train.column("speaker"))) if found[key].any()]
+    names = Counter(name for _, name in keys)
+    return {name if names[name] == 1 else f"{dataset}/{name}": found[dataset, name] for dataset, name in keys}
 
 
 def _mean_of(rows, numbers, encoder):
@@ -278,7 +297,10 @@ def _from_file(path, speech):
             f"There is no file {path} for --speaker_embeddings_file: check its path (from here, {Path.cwd()})."
         )
     if path.suffix == ".npy":
-        vector = torch.from_numpy(np.load(path, allow_pickle=False)).float().flatten()
+        try:
+            vector = torch.from_numpy(np.load(path, allow_pickle=False)).float().flatten()
+        except (ValueError, TypeError, EOFError, OSError):
+            raise UserError(f"{path} is damaged, or not an .npy file of numbers: write it again.") from None
         return Voices("dataset", {ONE_VOICE: _checked(vector, path)})
     if path.suffix != ".safetensors":
         raise UserError(f"--speaker_embeddings_file {path} has to be a .safetensors or an .npy file: save it as one.")
@@ -302,4 +324,6 @@ def _from_file(path, speech):
 def _checked(vector, path):
     if len(vector) != DIM:
         raise UserError(f"{path} holds an embedding of {len(vector)} numbers, and SpeechT5 takes {DIM}: make it anew.")
+    if not torch.isfinite(vector).all() or not vector.any():
+        raise UserError(f"{path} holds an embedding that is zero or not finite: make it anew.")
     return torch.nn.functional.normalize(vector, dim=0)

@@ -1,5 +1,6 @@
 """What is changed inside a SpeechT5 in training; its class, its weights and their names stay transformers' own."""
 
+import dataclasses
 import inspect
 import types
 
@@ -11,6 +12,13 @@ from transformers.models.speecht5.modeling_speecht5 import SpeechT5Attention, sh
 
 STOP_WEIGHT = 5.0  # of the one frame in a hundred that ends an utterance; SpeechT5SpectrogramLoss has the same
 LOSS_PARTS = ("l1", "stop", "guided")
+
+
+@dataclasses.dataclass
+class SpectrogramOutput(Seq2SeqSpectrogramOutput):
+    """transformers' output, and the parts of its loss; a field, so that it outlives mixed precision's wrapping."""
+
+    loss_parts: dict | None = None
 
 
 class FusedSelfAttention(SpeechT5Attention):
@@ -50,7 +58,7 @@ class FusedSelfAttention(SpeechT5Attention):
 def make_trainable(model):
     """Gives one `SpeechT5ForTextToSpeech` a loss that adds up over batches, and faster self-attention in training.
 
-    Called with `labels`, the model then returns a `Seq2SeqSpectrogramOutput` whose `loss` is *summed* over the frames of
+    Called with `labels`, the model then returns a `SpectrogramOutput` whose `loss` is *summed* over the frames of
     the batch, and whose `loss_parts` has its parts for each row (see `spectrogram_losses`). Without `labels` nothing is
     changed. All of it holds for this instance only, so that what it saves is stock.
 
@@ -72,9 +80,12 @@ def _forward(self, input_ids=None, attention_mask=None, speaker_embeddings=None,
         return SpeechT5ForTextToSpeech.forward(
             self, input_ids, attention_mask, speaker_embeddings=speaker_embeddings, **kwargs
         )
+    is_frame = labels[..., 0] != -100
     for layer in self.speech_decoder_postnet.layers:
         # Where its weights are frozen, as under LoRA, its statistics must be, too: the adapter does not hold them.
-        layer.batch_norm.train(self.training and layer.batch_norm.weight.requires_grad)
+        # And a batch without a good row has none.
+        has_statistics = layer.batch_norm.weight.requires_grad and bool(is_frame.any())
+        layer.batch_norm.train(self.training and has_statistics)
     read, _ = shift_spectrograms_right(labels, self.config.reduction_factor)
     outputs = self.speecht5(
         input_values=input_ids,
@@ -85,14 +96,12 @@ def _forward(self, input_ids=None, attention_mask=None, speaker_embeddings=None,
         output_attentions=self.config.use_guided_attention_loss,
         return_dict=True,
     )
-    is_frame = labels[..., 0] != -100
     before, after, stop_logits = _to_spectrogram(self.speech_decoder_postnet, outputs.last_hidden_state, is_frame)
     parts = spectrogram_losses(
         self.config, before, after, stop_logits, labels, outputs.cross_attentions, attention_mask
     )
-    output = Seq2SeqSpectrogramOutput(loss=sum(parts.values()).sum(), spectrogram=after)
-    output.loss_parts = {name: part.detach() for name, part in parts.items()}
-    return output
+    loss_parts = {name: part.detach() for name, part in parts.items()}
+    return SpectrogramOutput(loss=sum(parts.values()).sum(), spectrogram=after, loss_parts=loss_parts)
 
 
 def _to_spectrogram(postnet, hidden, is_frame):
@@ -169,6 +178,8 @@ def off_diagonal(output_lengths, input_lengths, shape, sigma):
     """
     device = output_lengths.device
     steps, tokens = torch.arange(shape[0], device=device), torch.arange(shape[1], device=device)
-    gap = tokens / input_lengths[:, None, None] - (steps / output_lengths[:, None])[..., None]
+    # A row without a frame, in a batch without a good row, is all behind the end.
+    wide, long = input_lengths.clamp(min=1), output_lengths.clamp(min=1)
+    gap = tokens / wide[:, None, None] - (steps / long[:, None])[..., None]
     inside = (steps < output_lengths[:, None])[..., None] & (tokens < input_lengths[:, None])[:, None]
     return (1 - torch.exp(-(gap**2) / (2 * sigma**2))) * inside

@@ -95,7 +95,7 @@ def best_device():
 
 
 def base_of(model):
-    """Returns the `WhisperForConditionalGeneration` inside a model that peft may have wrapped."""
+    """Returns the transformers model inside one that peft may have wrapped."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -107,6 +107,9 @@ def save_synthesis(folder, settings, speakers):
     """
     names = ("language", "spell_out", "vocoder", "speaker_encoder")
     settings = {name: settings[name] for name in names}
+    for name in ("vocoder", "speaker_encoder"):  # a relative path leads nowhere from another folder
+        if Path(settings[name]).expanduser().exists():
+            settings[name] = resolve(settings[name])
     (Path(folder) / SYNTHESIS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if speakers:
         save_file({name: vector.contiguous() for name, vector in speakers.items()}, Path(folder) / SPEAKERS_FILE)

@@ -1,6 +1,5 @@
 """Whisper: loaded to be fine-tuned, or to transcribe."""
 
-
 import torch
 from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE

@@ -172,11 +172,12 @@ def draw_speech(path, spoken, tokens, title):
     figure = Figure(figsize=(9, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     upper.imshow(spectrogram.T, origin="lower", aspect="auto", extent=(0, seconds, 0, spectrogram.shape[1]), vmin=-4)
-    upper.set(title=title, ylabel="mel band")
+    upper.set(ylabel="mel band")
+    upper.set_title(title, parse_math=False)  # a text may hold dollars
     lower.imshow(
         attention.T, origin="lower", aspect="auto", extent=(0, seconds, -0.5, len(tokens) - 0.5), cmap="Blues"
     )
     lower.set(xlabel="seconds", ylabel="attention on the text")
     if len(tokens) <= 60:
-        lower.set_yticks(range(len(tokens)), tokens, fontsize=6)
+        lower.set_yticks(range(len(tokens)), tokens, fontsize=6, parse_math=False)
     figure.savefig(path, dpi=110)

@@ -441,6 +441,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         """Runs one batch, its row repeated, forth and back, with room taken for the optimizer; changes nothing."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer_bytes = ADAM_BYTES_PER_PARAMETER * sum(p.numel() for p in trained)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # of a batch normalisation
         reserved = torch.empty(optimizer_bytes, dtype=torch.uint8, device=self.args.device)
         inputs = {
             name: value.to(self.args.device).repeat(num_rows, *[1] * (value.dim() - 1))
@@ -452,6 +453,8 @@ class SpeechTrainer(Seq2SeqTrainer):
                 self.model.train()(**inputs).loss.backward()
         finally:
             self.model.zero_grad(set_to_none=True)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
             del reserved
 
     def _record_training(self, progress):
