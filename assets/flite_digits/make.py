@@ -115,7 +115,9 @@ def main():
     parser.add_argument("--num_test", type=int, default=100, help="test rows of the seen voices")
     parser.add_argument("--num_test_new_voice", type=int, default=60, help="test rows of the held-out voice")
     parser.add_argument("--clean", action="store_true", help="recordings to learn a voice from: nothing varies")
-    parser.add_argument("--voices", nargs="+", choices=NATURAL_F0_HZ, default=["slt"], help="voices of clean recordings")
+    parser.add_argument(
+        "--voices", nargs="+", choices=NATURAL_F0_HZ, default=["slt"], help="voices of clean recordings"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if shutil.which("flite") is None:

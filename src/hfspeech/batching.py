@@ -153,7 +153,7 @@ class SpeechT5Collator:
         waveforms: list of float32 arrays of shape (samples,), the recordings without the silence at their ends.
         trimmed_s: list of float, seconds of silence cut off of each row.
         index, duration_s, bad_audio, left_out, fatal: as of `WhisperCollator`.
-    A batch without a good row has one frame of silence, and nothing but -100 behind it.
+    A batch without a good row has one token, and nothing but -100 to learn.
     """
 
     def __init__(self, processor, front_end, voices, config, on_bad_audio="error"):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from .audio import SAMPLING_RATE, log_mel_spectrogram
+from .data.rows import SPEAKER_EMBEDDING_DIM as DIM
 from .errors import UserError
 from .models.loading import best_device, loading, resolve
 
-DIM = 512
 MEL_STATISTICS = "mel_statistics"
 UTTERANCES = 10  # recordings of a speaker that its embedding is the mean of
 LEAST_S = 1.0  # shorter recordings say too little about who speaks

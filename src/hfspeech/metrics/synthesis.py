@@ -26,8 +26,7 @@ PITCH_WINDOW = 512
 # the paper; with the second, white and pink noise are unvoiced, and on flite's voices more brings octave errors.
 PERIODIC, VOICED = 0.15, 0.35
 
-# Seconds against those of the true recording's speech. Two of flite's voices that say the same digits at their own pace
-# lie from 0.68 to 1.46 in 95 % of the cases, so what is further away is no matter of pace.
+# Seconds against those of the true recording's speech: wide enough that another voice's own pace is no fault.
 EARLY, LATE = 0.7, 1.4
 MIN_HEARD_S = 0.5  # speaker encoders and recognisers fail on less: shorter sound is followed by silence up to here
 

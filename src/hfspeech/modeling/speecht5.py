@@ -11,7 +11,6 @@ from transformers.modeling_outputs import Seq2SeqSpectrogramOutput
 from transformers.models.speecht5.modeling_speecht5 import SpeechT5Attention, shift_spectrograms_right
 
 STOP_WEIGHT = 5.0  # of the one frame in a hundred that ends an utterance; SpeechT5SpectrogramLoss has the same
-LOSS_PARTS = ("l1", "stop", "guided")
 
 
 @dataclasses.dataclass
@@ -81,11 +80,10 @@ def _forward(self, input_ids=None, attention_mask=None, speaker_embeddings=None,
             self, input_ids, attention_mask, speaker_embeddings=speaker_embeddings, **kwargs
         )
     is_frame = labels[..., 0] != -100
+    learns = self.training and bool(is_frame.any())  # a batch without a good row has no statistics
     for layer in self.speech_decoder_postnet.layers:
         # Where its weights are frozen, as under LoRA, its statistics must be, too: the adapter does not hold them.
-        # And a batch without a good row has none.
-        has_statistics = layer.batch_norm.weight.requires_grad and bool(is_frame.any())
-        layer.batch_norm.train(self.training and has_statistics)
+        layer.batch_norm.train(learns and layer.batch_norm.weight.requires_grad)
     read, _ = shift_spectrograms_right(labels, self.config.reduction_factor)
     outputs = self.speecht5(
         input_values=input_ids,

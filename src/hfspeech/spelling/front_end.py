@@ -1,9 +1,13 @@
 """Text as a tokenizer can take it, and the characters of it that the tokenizer lacks."""
 
 import collections
+import functools
 import unicodedata
 
 from hfspeech.spelling.speller import spell_out
+
+# A text is looked at for what is unknown in it, measured and turned into tokens, and that once in each pass.
+_spelled_out = functools.lru_cache(maxsize=1 << 16)(spell_out)
 
 
 class TextFrontEnd:
@@ -26,7 +30,7 @@ class TextFrontEnd:
         self._is_known = {}
 
     def __call__(self, text: str) -> str:
-        text = spell_out(text, self.language) if self.spell_out else unicodedata.normalize("NFC", text)
+        text = _spelled_out(text, self.language) if self.spell_out else unicodedata.normalize("NFC", text)
         return " ".join("".join(map(self._in_vocabulary_case, text)).split())
 
     def unknown(self, text: str) -> list[str]:
