@@ -55,7 +55,7 @@ def train(dataset, arm, seed, output_dir, flags):
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return read_json(output_dir / "results.json")
+    return read_json(output_dir / "run.json")
 
 
 def stock_errors(model_dir, rows, long_recordings):

@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_while_training_keeps_the_earlier_checkpoints(few_d
     kept = last_checkpoint(out)
     assert kept is not None
     safetensors.torch.load_file(f"{kept}/model.safetensors")
-    assert json.loads((out / "results.json").read_text())["before"]["wer"] is not None
+    assert json.loads((out / "run.json").read_text())["before"]["wer"] is not None
 
 
 # Language

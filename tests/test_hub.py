@@ -43,7 +43,7 @@ def run(hub, home, output_dir, *flags):
 
 def test_model_and_private_dataset_come_from_the_hub(hub, tmp_path):
     run(hub, tmp_path / "home", tmp_path / "run")
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = json.loads((tmp_path / "run/run.json").read_text())
     assert results["model"] == {
         "name_or_path": "acme/nano",
         "revision": "main",
@@ -60,6 +60,6 @@ def test_model_and_private_dataset_come_from_the_hub(hub, tmp_path):
 
 def test_the_same_dataset_streamed(hub, tmp_path):
     run(hub, tmp_path / "home", tmp_path / "run", "--streaming", "true")
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = json.loads((tmp_path / "run/run.json").read_text())
     assert results["rows"]["train"] is None and results["rows"]["test"] == 8
     assert results["train"]["steps"] == 2 and results["train"]["audio_seconds"] > 0

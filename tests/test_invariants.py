@@ -74,7 +74,7 @@ def test_two_processes_equal_one(few_digits, tmp_path):
             "whisper_lora", *flags, "--gradient_accumulation_steps", 2 // processes,
             processes=processes, data=few_digits, output_dir=folder,
         )  # fmt: skip
-        results.append(json.loads((folder / "results.json").read_text()))
+        results.append(json.loads((folder / "run.json").read_text()))
     one, two = results
     assert two["environment"]["processes"] == 2 and len(one["train"]["log"]) == 4 + 1
     np.testing.assert_allclose(curve(two["train"]["log"]), curve(one["train"]["log"]), rtol=2e-3)

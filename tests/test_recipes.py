@@ -54,7 +54,7 @@ def finished(request, uninterrupted):
 
 def test_results_hold_everything_printed(finished):
     _, output_dir, printed = finished
-    results = json.loads((output_dir / "results.json").read_text())
+    results = json.loads((output_dir / "run.json").read_text())
     for when in ("before", "after"):
         assert {"wer", "wer_low", "wer_high", "cer", "groups"} <= results[when].keys()
         assert results[when]["wer_low"] <= results[when]["wer"] <= results[when]["wer_high"]
@@ -143,8 +143,8 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, 
     assert "Going on from" in done.stderr and "half-written" in done.stderr
     assert not broken.exists()
     whole, _ = uninterrupted(recipe, processes)
-    resumed = json.loads((tmp_path / "run/results.json").read_text())
-    expected = json.loads((whole / "results.json").read_text())
+    resumed = json.loads((tmp_path / "run/run.json").read_text())
+    expected = json.loads((whole / "run.json").read_text())
     assert resumed["train"]["steps"] == 6
     assert resumed["train"]["audio_seconds"] == pytest.approx(expected["train"]["audio_seconds"])
     assert resumed["before"] == expected["before"]
@@ -168,7 +168,7 @@ def test_the_arguments_file_serves_another_dataset(recipe, few_digits, tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Left aside, for they describe the dataset of" in done.stderr
-    assert json.loads((tmp_path / "run/results.json").read_text())["rows"]["test"] == 8
+    assert json.loads((tmp_path / "run/run.json").read_text())["rows"]["test"] == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

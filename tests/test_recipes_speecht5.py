@@ -44,7 +44,7 @@ def finished(request, uninterrupted):
 
 def test_results_hold_every_measure(finished):
     _, output_dir, printed = finished
-    results = json.loads((output_dir / "results.json").read_text())
+    results = json.loads((output_dir / "run.json").read_text())
     for when in ("before", "after"):
         score = results[when]
         for measure in ("wer", "cer", "mcd", "log_f0_rmse", "speaker_similarity", "duration_ratio"):
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, processes, short_voice,
     done = speak(recipe, **settings)
     assert "Going on from" in done.stderr
     whole, _ = uninterrupted(recipe, processes)
-    resumed, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", whole))
+    resumed, expected = (json.loads((folder / "run.json").read_text()) for folder in (tmp_path / "run", whole))
     assert resumed["train"]["steps"] == 4
     assert resumed["before"] == expected["before"]
     assert resumed["after"]["wer"] == expected["after"]["wer"]
@@ -150,7 +150,7 @@ def test_the_arguments_file_serves_another_dataset(recipe, short_voice, tmp_path
 def test_mixed_precision_trains(short_voice, tmp_path):
     """bf16, as on every recent GPU; slow on this CPU, but the same path through accelerate."""
     done = speak("speecht5_full", "--bf16", "true", "--max_steps", 2, data=short_voice, output_dir=tmp_path / "run")
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = json.loads((tmp_path / "run/run.json").read_text())
     assert "bf16: given" in results["choices"] and results["train"]["steps"] == 2, done.stderr[-2000:]
 
 

@@ -29,7 +29,7 @@ def arguments(output_dir, **settings):
 def test_a_new_folder_gets_a_record(tmp_path):
     open_run(arguments(tmp_path / "a/b", learning_rate=1e-3))
     record = read_json(tmp_path / "a/b" / RUN_FILE)
-    assert record["identity"]["learning_rate"] == 1e-3
+    assert record["arguments"]["learning_rate"] == 1e-3
     assert record["environment"]["versions"]["torch"]
     assert os.listdir(tmp_path / "a/b") == [RUN_FILE]
 
@@ -63,7 +63,7 @@ def test_a_folder_that_moved_is_the_same_run(tmp_path):
     open_run(arguments(tmp_path / "there"))
 
 
-@pytest.mark.parametrize("name", ["checkpoint-10", "results.json"])
+@pytest.mark.parametrize("name", ["checkpoint-10"])
 def test_the_remains_of_a_foreign_run_are_refused(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name}.*--output_dir"):
@@ -77,7 +77,7 @@ def test_other_files_are_no_obstacle(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("damage", ["", '{"identity": {"lear', '{"other": 1}', "[]"])
+@pytest.mark.parametrize("damage", ["", '{"arguments": {"lear', '{"other": 1}', "[]"])
 def test_a_damaged_record_is_named(tmp_path, damage):
     (tmp_path / RUN_FILE).write_text(damage)
     with pytest.raises(UserError, match="run.json"):

@@ -74,7 +74,7 @@ def test_a_broken_recording_is_left_out_and_counted(data_with_a_cut_file, tmp_pa
     trainer.measure("before", trainer.speech)
     trainer.train_or_resume()
     trainer.measure("after", trainer.speech)
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    results = json.loads((tmp_path / "run/run.json").read_text())
     assert results["rows"]["bad_audio"]["train"]["count"] == 1
     assert name in results["rows"]["bad_audio"]["train"]["examples"][0]
     seconds = sum(trainer.train_dataset.column("duration_s"))
@@ -112,7 +112,7 @@ def test_a_run_killed_after_its_last_step_trains_no_more(few_digits, tmp_path):
     """Four steps of the six in a pass, and nothing but the checkpoints left: no fifth step, and the same record."""
     first = make_trainer(few_digits, tmp_path)
     first.train_or_resume()
-    (tmp_path / "results.json").unlink()
+    (tmp_path / "run.json").unlink()
     again = make_trainer(few_digits, tmp_path)
     again.train_or_resume()
     assert again.state.global_step == again.results["train"]["steps"] == 4
@@ -342,7 +342,7 @@ def test_the_most_seconds_that_fit_are_looked_for_kept_and_told(few_digits, tmp_
     assert any(choice.startswith(f"batches of {found:.0f} s") for choice in trainer.args.choices)
     # A resumed run keeps it, although the memory would look otherwise now.
     shutil.rmtree(tmp_path / "checkpoint-4")
-    (tmp_path / "results.json").unlink()
+    (tmp_path / "run.json").unlink()
     again = make_trainer(few_digits, tmp_path, **settings)
     tried = ask_for_auto(again, room_s=20.0)
     again.train_or_resume()
@@ -483,7 +483,7 @@ def test_a_model_tuned_unpadded_is_measured_both_ways(few_digits, tmp_path):
     encoder = base_of(trainer.model).model.encoder
     encoder.register_forward_hook(lambda module, inputs, output: frames.append(inputs[0].shape[-1]))
     trainer.measure("after", trainer.speech)
-    after = json.loads((tmp_path / "auto/results.json").read_text())["after"]
+    after = json.loads((tmp_path / "auto/run.json").read_text())["after"]
     assert frames[0] == 250 and 0 < frames[-1] < 250
     assert after["rows"] == after["unpadded"]["rows"] == 8
     assert {"wer", "wer_low", "wer_high", "loss", "unfinished"} <= after["unpadded"].keys()
@@ -526,7 +526,7 @@ def test_without_an_evaluation_at_the_start_there_is_no_before(few_digits, tmp_p
     trainer.train_or_resume()
     trainer.measure("after", trainer.speech)
     publish(trainer, trainer.speech)
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "run.json").read_text())
     assert "before" not in results and results["after"]["groups"]["speaker"]
     assert f"{100 * results['after']['wer']:.1f} %" in capsys.readouterr().out
 

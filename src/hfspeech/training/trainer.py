@@ -21,7 +21,7 @@ from hfspeech.hardware import can_train_in_bf16, keep_freed_memory, most_seconds
 from hfspeech.models.loading import base_of, is_quantized
 from hfspeech.runs import (
     PROGRESS_FILE,
-    RESULTS_FILE,
+    RUN_FILE,
     environment,
     is_whole_checkpoint,
     last_checkpoint,
@@ -50,7 +50,7 @@ class SpeechTrainer(Seq2SeqTrainer):
     - training batches are of like length, evaluation runs from the longest row to the shortest and counts each row once
       under several processes;
     - `train_or_resume` goes on by itself, and Ctrl-C or SIGTERM saves a checkpoint first;
-    - `measure` keeps what it found in `results.json` and `predictions.jsonl` as soon as it is known.
+    - `measure` keeps what it found in `run.json` and `predictions.jsonl` as soon as it is known.
 
     `WhisperTrainer` and `SpeechT5Trainer` say what a batch costs, how it is scored, and what the loss is: `summed_loss`,
     `measure_batch`, `train_batch_sampler` and `eval_batch_sampler`.
@@ -118,8 +118,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(_ProgressLines)
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
-        self.results_file = Path(args.output_dir) / RESULTS_FILE
-        self.results = read_json(self.results_file) if self.results_file.exists() else {}
+        self.record_file = Path(args.output_dir) / RUN_FILE
+        self.results = read_json(self.record_file) if self.record_file.exists() else {}
         self.predictions = _read_predictions(Path(args.output_dir) / PREDICTIONS_FILE)
         self._progress = {"seconds": 0.0, "audio_seconds": 0.0}
         self._bad_audio, self._left_out = {}, {}
@@ -271,7 +271,7 @@ class SpeechTrainer(Seq2SeqTrainer):
     def measure(self, when, speech):
         """Scores the test rows, and those of the old condition, `before` or `after` training.
 
-        What is found goes into `results.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with
+        What is found goes into `run.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with
         `eval_on_start` off there is none.
 
         Args:
@@ -297,7 +297,7 @@ class SpeechTrainer(Seq2SeqTrainer):
                 entry[when] = row["prediction"]
                 told = {*known, "prediction", "is_unfinished"}
                 entry |= {f"{when}_{name}": value for name, value in row.items() if name not in told}
-            self.write_results(speech)
+            self.write_record(speech)
 
     def measure_further(self, when, split, dataset, score):
         """Adds to `score` what else is to be known of a set of rows."""
@@ -321,8 +321,8 @@ class SpeechTrainer(Seq2SeqTrainer):
                 "--output_dir."
             )
 
-    def write_results(self, speech):
-        """Writes everything known so far to `results.json` and `predictions.jsonl`, whole or not at all."""
+    def write_record(self, speech):
+        """Writes everything known so far to `run.json` and `predictions.jsonl`, whole or not at all."""
         bad_audio, left_out = {}, {}
         for found_bad, found_left_out in gather_object([(self._bad_audio, self._left_out)]):
             for target, found in ((bad_audio, found_bad), (left_out, found_left_out)):
@@ -347,13 +347,13 @@ class SpeechTrainer(Seq2SeqTrainer):
         }
         self.results["environment"] = environment()
         self.results["arguments"] = self.args.run_arguments
-        self._write_results_file()
+        self._write_record()
         if self.args.process_index == 0:
-            write_jsonl(self.results_file.with_name(PREDICTIONS_FILE), self.predictions.values())
+            write_jsonl(self.record_file.with_name(PREDICTIONS_FILE), self.predictions.values())
 
-    def _write_results_file(self):
+    def _write_record(self):
         if self.args.process_index == 0:
-            write_json(self.results_file, self.results)
+            write_json(self.record_file, self.results)
 
     # Training
 
@@ -468,7 +468,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             "peak_rss_bytes": peak_rss_bytes(),
             "log": [entry for entry in self.state.log_history if "loss" in entry or "eval_loss" in entry],
         }
-        self._write_results_file()
+        self._write_record()
 
     def _stop_is_asked(self):
         """Tells whether a signal has come; under several processes it may have reached them at different steps."""

@@ -1,34 +1,11 @@
-"""What a run leaves behind: the model, its record, and a table that says what changed."""
+"""What a run found, as lines of text."""
 
 from pathlib import Path
 
-from .models.loading import base_of
-from .runs import SAMPLES_FOLDER, writing
+from hfspeech.models.loading import base_of
+from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER
 
 EXAMPLES = 10
-
-
-def publish(trainer, speech):
-    """Saves the model, the processor and the run's record into the output folder, and prints the result.
-
-    Args:
-        trainer: `SpeechTrainer` after `train_or_resume` and `measure`.
-        speech: what `load_speech` returned.
-
-    Raises:
-        UserError: the folder cannot be written any more; `results.json` has then been written already.
-    """
-    output_dir = Path(trainer.args.output_dir)
-    trainer.write_results(speech)
-    with writing(output_dir):
-        trainer.save_model()
-        if trainer.args.should_save:
-            base_of(trainer.model).generation_config.save_pretrained(output_dir)
-            trainer.save_beside(output_dir)
-    if trainer.is_world_process_zero():
-        print(result_table(trainer.results))
-        print(example_lines(trainer.predictions.values()))
-        print(where_it_lies(trainer))
 
 
 def result_table(results):
@@ -129,7 +106,7 @@ def where_it_lies(trainer):
     samples = Path(output_dir) / SAMPLES_FOLDER
     heard = f"\nListen to it, before and after, in {samples}." if samples.exists() else ""
     return (
-        f"The {kind} is in {output_dir}, the results in {output_dir}/results.json, every test row in "
+        f"The {kind} is in {output_dir}, the record in {output_dir}/{RUN_FILE}, every test row in "
         f"{output_dir}/predictions.jsonl.{heard}\nLoad it with stock code:\n    model = {code}"
     )
 

@@ -1,0 +1,40 @@
+"""What a run leaves behind: the model, its record, and a table that says what changed."""
+
+from pathlib import Path
+
+from hfspeech.models.loading import base_of
+from hfspeech.publish.tables import (
+    SPEECH_MEASURES,
+    example_lines,
+    figure_text,
+    percent,
+    rate_text,
+    result_table,
+    where_it_lies,
+)
+from hfspeech.runs import writing
+
+__all__ = ["SPEECH_MEASURES", "figure_text", "percent", "publish", "rate_text"]
+
+
+def publish(trainer, speech):
+    """Saves the model, the processor and the run's record into the output folder, and prints the result.
+
+    Args:
+        trainer: `SpeechTrainer` after `train_or_resume` and `measure`.
+        speech: what `load_speech` returned.
+
+    Raises:
+        UserError: the folder cannot be written any more; `run.json` has then been written already.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    trainer.write_record(speech)
+    with writing(output_dir):
+        trainer.save_model()
+        if trainer.args.should_save:
+            base_of(trainer.model).generation_config.save_pretrained(output_dir)
+            trainer.save_beside(output_dir)
+    if trainer.is_world_process_zero():
+        print(result_table(trainer.results))
+        print(example_lines(trainer.predictions.values()))
+        print(where_it_lies(trainer))

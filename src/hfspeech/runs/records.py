@@ -1,0 +1,128 @@
+"""The record of a run: what was run, on what, by which command, and what came out of it."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from hfspeech.arguments import NOT_IDENTITY
+from hfspeech.errors import UserError
+from hfspeech.runs.files import claim_folder, read_json, require_space, write_json
+
+RUN_FILE = "run.json"
+PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
+
+_NEEDED_BYTES = 50 * 2**20
+
+
+def open_run(train_args):
+    """Claims the output folder for this run: a new one, or the one in which the same run stopped.
+
+    Two launches are the same run if their settings agree in everything that bears on the result. Only the first
+    process looks and writes.
+
+    Raises:
+        UserError: the folder holds another run, or something else; it cannot be written; its disk is full.
+    """
+    if train_args.process_index:
+        return
+    output_dir = Path(train_args.output_dir)
+    claim_folder(output_dir)
+    require_space(output_dir, _NEEDED_BYTES)
+    record = {"arguments": train_args.run_arguments, "environment": environment()}
+    record = json.loads(json.dumps(record))
+    file = output_dir / RUN_FILE
+    if file.exists():
+        there, here = _identity(_read_record(file)), _identity(record)
+        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        if differing:
+            shown = ", ".join(f"{n} {there.get(n)!r} there, {here.get(n)!r} here" for n in differing[:3])
+            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"{output_dir} holds another run ({shown}{more}): choose another --output_dir, or delete that folder."
+            )
+        return
+    foreign = [path.name for path in output_dir.iterdir() if path.name.startswith("checkpoint-")]
+    if foreign:
+        raise UserError(
+            f"{output_dir} holds {foreign[0]} of a run that has no {RUN_FILE}: choose another --output_dir."
+        )
+    write_json(file, record)
+
+
+def _read_record(file):
+    record = read_json(file)
+    if not isinstance(record, dict) or not {"arguments", "environment"} <= record.keys():
+        raise UserError(f"{file} is not the record of a run: choose another --output_dir.")
+    return record
+
+
+def _identity(record):
+    """Returns what makes a run this one: its settings, and how many processes share a step."""
+    settings = {name: value for name, value in record["arguments"].items() if name not in NOT_IDENTITY}
+    return settings | {"processes": record["environment"]["processes"]}
+
+
+def environment():
+    """Returns what a result depends on besides its arguments: date, commit, command, hardware and versions."""
+    import torch
+
+    versions = {"python": platform.python_version(), "hfspeech": _version("hfspeech")}
+    versions |= {name: _version(name) for name in PACKAGES}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": _commit(),
+        "command": command(),
+        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus},
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": versions,
+    }
+
+
+def command():
+    """Returns the command line as it was typed, with `accelerate launch` in front where that started it."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    script = os.path.relpath(sys.argv[0]) if os.path.exists(sys.argv[0]) else sys.argv[0]
+    return shlex.join([*(("accelerate", "launch") if launched else ("python",)), script, *sys.argv[1:]])
+
+
+def peak_rss_bytes():
+    """Returns the most memory that this process has held, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """Returns the commit of the checkout that this package stands in (with `+` if it is changed), or None."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip()
+
+
+def _cpu():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
