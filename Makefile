@@ -9,8 +9,9 @@ demo: $(BIN)/installed
 	rm -rf outputs/demo
 	$(ENVIRONMENT) $(BIN)/accelerate launch recipes/whisper_lora/run.py recipes/whisper_lora/demo.yaml
 
+# The files of tests are shared out among the cores, one thread each.
 test: $(BIN)/installed
-	$(ENVIRONMENT) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 $(BIN)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
