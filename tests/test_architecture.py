@@ -13,7 +13,7 @@ PACKAGE = ROOT / "src/hfspeech"
 LEVELS = {
     "errors": 0,
     "text": 1, "spelling": 1,
-    "arguments": 1, "audio": 1, "hardware": 1, "modeling": 1,
+    "arguments": 1, "audio": 1, "hub": 1, "hardware": 1, "modeling": 1,
     "augment": 2, "data": 2, "metrics": 2, "models": 2, "runs": 2,
     "batching": 3, "voices": 3,
     "inference": 4, "training": 4, "publish": 4, "synthesis": 4,

@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 
 from hfspeech.errors import UserError, nearest
+from hfspeech.hub import commit_of, gated
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
@@ -118,7 +119,7 @@ class HubSource:
         from datasets.exceptions import DatasetNotFoundError
 
         self.name = name
-        commit, unreachable = _resolve(name, revision, flags)
+        commit, unreachable = commit_of(name, revision, "dataset", f"{flags}_revision")
         self.record = {"name": name, "config": config, "revision": revision, "commit": commit}
         where = f"{name}@{revision}" if revision else name
         try:
@@ -141,7 +142,7 @@ class HubSource:
                     f"give {flags}_revision refs/convert/parquet, where the Hub keeps a converted copy."
                 ) from None
             if isinstance(error, DatasetNotFoundError) and "gated" in text:
-                raise UserError(_gated(name)) from None
+                raise UserError(gated(name, "dataset")) from None
             if isinstance(error, DatasetNotFoundError) or "No (supported) data files" in text:
                 raise UserError(f"{where} holds no data files that can be read; see its page on the Hub.") from None
             raise
@@ -156,38 +157,6 @@ class HubSource:
 
     def read(self, split, only=False):
         return (self._splits[split] if split in self._splits else None), None
-
-
-def _resolve(name, revision, flags):
-    """Returns (commit, None), or (None, why the Hub could not be asked); raises UserError if it refused."""
-    from huggingface_hub import HfApi, errors
-
-    try:
-        return HfApi().dataset_info(name, revision=revision, timeout=30).sha, None
-    except errors.GatedRepoError:
-        raise UserError(_gated(name)) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"The dataset {name} has no revision {revision}; see {flags}_revision.") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"There is no dataset {name} on the Hub, or it is private: look at the spelling, or type `hf auth login`."
-        ) from None
-    except errors.HFValidationError:
-        raise UserError(f"{name} is neither a path here nor a Hub id such as owner/name.") from None
-    except errors.OfflineModeIsEnabled:
-        return None, "the offline mode is on (unset HF_HUB_OFFLINE to download it)"
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "an error")
-        return None, f"the Hub answered {status}; try again later"
-    except Exception as error:  # whatever the HTTP client raises when nobody answers
-        return None, f"the Hub cannot be reached ({type(error).__name__}); see that the network is up"
-
-
-def _gated(name):
-    return (
-        f"Access to the dataset {name} has to be granted first: ask for it on its page on the Hub, "
-        "then type `hf auth login`."
-    )
 
 
 def _split_files(folder):
