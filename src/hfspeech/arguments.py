@@ -271,6 +271,11 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows are decoded late."})
+    hub_merge: bool = field(default=False, metadata={"help": "Push the whole model and not its adapter."})
+    hub_tag: str = field(default=None, metadata={"help": "Name for the pushed commit, such as v1."})
+    hub_create_pr: bool = field(
+        default=False, metadata={"help": "Push as a pull request, also to a repository of others."}
+    )
     label_names: list[str] = field(default_factory=lambda: ["labels"], metadata={"help": "Names of the targets."})
     ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "DDP's search for unused weights."})
     normalizer: str = field(
@@ -384,7 +389,8 @@ NOT_IDENTITY = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "use_cpu",
     "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_steps",
     "logging_strategy", "logging_first_step", "save_total_limit", "resume_from_checkpoint", "per_device_eval_batch_size",
-    "on_bad_audio", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "project", "trackio_space_id",
+    "on_bad_audio", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "hub_revision",
+    "hub_always_push", "hub_merge", "hub_tag", "hub_create_pr", "project", "trackio_space_id",
 }  # fmt: skip
 
 # Settings that have a default and where null says something else: keep every checkpoint.

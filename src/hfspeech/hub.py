@@ -163,18 +163,27 @@ def gated(name, repo_type):
     )
 
 
-def fetch_file(repo_id, filename, repo_type="model", revision=None):
+def fetch_file(repo_id, filename, repo_type="model", revision=None, missing_ok=False):
     """Downloads one file of a repository into the cache.
 
+    Args:
+        repo_id, filename, repo_type, revision: which.
+        missing_ok: whether there may be no such repository or revision.
+
     Returns:
-        Its `Path`, or None if the repository has no such file.
+        Its `Path`, or None if there is no such file.
 
     Raises:
         UserError: no such repository or revision, no access, or no way to the Hub and no copy in the cache.
     """
     from huggingface_hub import errors, hf_hub_download
 
-    commit, unreachable = commit_of(repo_id, revision, repo_type, "--revision")
+    try:
+        commit, unreachable = commit_of(repo_id, revision, repo_type, "--revision")
+    except UserError:
+        if missing_ok:
+            return None
+        raise
     try:
         return Path(
             _patiently(lambda: hf_hub_download(repo_id, filename, repo_type=repo_type, revision=commit or revision), 3)
@@ -202,7 +211,7 @@ class _Repo:
         self.branch = None if revision == "main" else revision
         self.patience = {"tries": tries, "first_wait_s": first_wait_s, "silence_s": silence_s}
         if create_pr and (revision or tag):
-            raise UserError("A pull request goes to main and has no tag: leave --revision and --tag out.")
+            raise UserError("A pull request goes to main and has no tag: leave its revision and its tag out.")
         user = self._user()
         self.id = _full_id(id, user["name"])
         self._require_rights(user)
@@ -216,7 +225,9 @@ class _Repo:
         from huggingface_hub import get_token
 
         if huggingface_hub.is_offline_mode():
-            raise UserError("The offline mode is on, so nothing can be pushed: unset HF_HUB_OFFLINE.")
+            raise UserError(
+                "The offline mode is on, so nothing can be pushed: unset HF_HUB_OFFLINE, or push later with `hfspeech push`."
+            )
         if not get_token():
             raise UserError(
                 f"There is no token for the Hub: make one that may write at {_TOKENS_PAGE}, then type `hf auth login` "
@@ -282,7 +293,7 @@ class _Repo:
     def require_free_tag(self):
         """Raises a `UserError` if the tag is there already."""
         if self.tag and self.exists and (commit := self._ask(self._what, self._tags).get(self.tag)):
-            raise UserError(f"{self.id} has a tag {self.tag} already, of {commit[:8]}: choose another --tag.")
+            raise UserError(f"{self.id} has a tag {self.tag} already, of {commit[:8]}: choose another name for it.")
 
     def _tags(self):
         refs = self.api.list_repo_refs(self.id, repo_type=self.type)

@@ -1,5 +1,5 @@
-"""The `hfspeech` command: check a run before paying for it, evaluate any Whisper, transcribe recordings, and speak
-texts with any SpeechT5.
+"""The `hfspeech` command: check a run before paying for it, evaluate any Whisper, transcribe recordings, speak texts
+with any SpeechT5, and push runs and datasets to the Hub.
 
 Each command is a module here with `run(args)`, imported when the command is called, so that `hfspeech --help` answers
 at once.
@@ -36,7 +36,7 @@ def main(argv=None):
             f"hfspeech {args.command}: there is no setting {unknown[0].partition('=')[0]}."
             f"{nearest(unknown[0].partition('=')[0], known)} See hfspeech {args.command} --help."
         )
-    return importlib.import_module(f"hfspeech.cli.{args.command}").run(args)
+    return importlib.import_module(f"hfspeech.cli.{args.command.replace('-', '_')}").run(args)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser():
     parser = _Parser(
         prog="hfspeech",
-        description="Fine-tune Whisper and SpeechT5: check, evaluate, transcribe, synthesize.",
+        description="Fine-tune Whisper and SpeechT5: check, evaluate, transcribe, synthesize, push.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
@@ -146,6 +146,44 @@ def _build_parser():
     synthesize.add_argument("--speaker_encoder", help="what listens to --voice (default: the model's own)")
     synthesize.add_argument("--batch_size", type=_positive, default=8, help="sentences spoken at once (default: 8)")
     synthesize.add_argument("--model_revision", default="main", help="branch, tag or commit of the model on the Hub")
+
+    push = commands.add_parser(
+        "push",
+        help="push a finished run to the Hub",
+        description="Packs a finished run, checks that it loads, uploads it, and checks what has arrived. What failed "
+        "or was stopped may be repeated: nothing is added twice.",
+        allow_abbrev=False,
+    )
+    push.add_argument("run_dir", metavar="RUN", type=Path, help="output folder of the run")
+    push.add_argument(
+        "repo_id", metavar="OWNER/NAME", nargs="?", help="repository (default: yours, called as the run)"
+    )
+    push.add_argument("--merge", action="store_true", help="push the whole model and not its adapter")
+    push.add_argument("--with_checkpoint", action="store_true", help="also push what is needed to train on from there")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request, also in a repository of others")
+    push.add_argument(
+        "--dry_run", type=Path, metavar="FOLDER", help="write what would be pushed there, and push nothing"
+    )
+
+    push_dataset = commands.add_parser(
+        "push-dataset",
+        help="push your recordings to the Hub as a dataset",
+        description="Makes parquet files and a card of a folder of recordings, a manifest or parquet files, uploads "
+        "them, and checks what has arrived. Every recording is decoded before anything is uploaded.",
+        allow_abbrev=False,
+    )
+    push_dataset.add_argument("path", metavar="PATH", help="audiofolder, CSV/TSV/JSONL manifest or parquet")
+    push_dataset.add_argument("repo_id", metavar="OWNER/NAME", help="repository")
+    push_dataset.add_argument("--config", default="default", help="configuration that it becomes (default: default)")
+    push_dataset.add_argument("--language", help="language of the speech, as a code, for the card")
+    push_dataset.add_argument("--license", help="licence, as the Hub names it, for the card: cc-by-4.0, cc0-1.0, ...")
+    push_dataset.add_argument("--audio_column_name", help="column of the audio (default: found by itself)")
+    push_dataset.add_argument("--text_column_name", help="column of the text (default: found by itself)")
+    push_dataset.add_argument("--speaker_column_name", help="column of the speaker (default: found by itself)")
+    for command, noun in ((push, "model"), (push_dataset, "dataset")):
+        command.add_argument("--private", action="store_true", default=None, help=f"make the {noun} private")
+        command.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+        command.add_argument("--tag", help="name for the pushed commit, such as v1")
 
     own_window = {evaluate: "full, as any other tool does it", transcribe: "as the model was trained"}
     own_language = {evaluate: "the model's own", transcribe: "the model's own, or guessed for each piece"}

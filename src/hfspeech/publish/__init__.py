@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hfspeech.models.loading import base_of
+from hfspeech.publish.push import push_at_end
 from hfspeech.publish.tables import (
     SPEECH_MEASURES,
     example_lines,
@@ -18,7 +19,7 @@ __all__ = ["SPEECH_MEASURES", "figure_text", "percent", "publish", "rate_text"]
 
 
 def publish(trainer, speech):
-    """Saves the model, the processor and the run's record into the output folder, and prints the result.
+    """Saves the model, the processor and the run's record into the output folder, prints the result, and pushes it.
 
     Args:
         trainer: `SpeechTrainer` after `train_or_resume` and `measure`.
@@ -38,3 +39,5 @@ def publish(trainer, speech):
         print(result_table(trainer.results))
         print(example_lines(trainer.predictions.values()))
         print(where_it_lies(trainer))
+        if trainer.args.push_to_hub:
+            push_at_end(trainer.args)

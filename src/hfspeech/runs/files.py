@@ -35,7 +35,7 @@ def require_space(folder, num_bytes):
 
 
 @contextlib.contextmanager
-def writing(folder):
+def writing(folder, advice="free some space and run the same command again to go on from the last checkpoint"):
     """Turns a disk that fills up, or turns read-only, into one sentence; what was written before stays."""
     import safetensors
 
@@ -45,10 +45,7 @@ def writing(folder):
         fault = _disk_fault(error)
         if fault is None:
             raise
-        raise UserError(
-            f"Writing to {folder} failed ({fault}): free some space and run the same command again "
-            "to go on from the last checkpoint."
-        ) from None
+        raise UserError(f"Writing to {folder} failed ({fault}): {advice}.") from None
 
 
 def _disk_fault(error):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hfspeech.arguments import NOT_IDENTITY
 from hfspeech.errors import UserError
+from hfspeech.hub import require_write_access
 from hfspeech.runs.files import claim_folder, read_json, require_space, write_json
 
 RUN_FILE = "run.json"
@@ -26,19 +27,43 @@ def open_run(train_args):
     """Claims the output folder for this run: a new one, or the one in which the same run stopped.
 
     Two launches are the same run if their settings agree in everything that bears on the result. Only the first
-    process looks and writes.
+    process looks and writes, and the others end with it. If the result is to be pushed, it also sees that it may be.
 
     Raises:
-        UserError: the folder holds another run, or something else; it cannot be written; its disk is full.
+        UserError: the folder holds another run, or something else; it cannot be written; its disk is full; the Hub
+            would not take the result.
     """
-    if train_args.process_index:
-        return
+    fault = None
+    if train_args.process_index == 0:
+        try:
+            _claim_run(train_args)
+        except UserError as error:
+            fault = error
+    if train_args.world_size > 1:
+        from accelerate.utils import broadcast_object_list
+
+        (fault,) = broadcast_object_list([fault])
+    if fault and train_args.process_index:
+        sys.exit(fault.exit_code)  # the first process says why
+    if fault:
+        raise fault
+
+
+def _claim_run(train_args):
     output_dir = Path(train_args.output_dir)
     claim_folder(output_dir)
     require_space(output_dir, _NEEDED_BYTES)
     record = {"arguments": train_args.run_arguments, "environment": environment()}
     record = json.loads(json.dumps(record))
     file = output_dir / RUN_FILE
+    if train_args.push_to_hub:
+        require_write_access(
+            train_args.hub_model_id or output_dir.resolve().name,
+            private=train_args.hub_private_repo,
+            revision=train_args.hub_revision,
+            tag=None if file.exists() else train_args.hub_tag,  # a run that goes on may have been pushed already
+            create_pr=train_args.hub_create_pr,
+        )
     if file.exists():
         there, here = _identity(_read_record(file)), _identity(record)
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]

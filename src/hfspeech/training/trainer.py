@@ -521,6 +521,17 @@ class SpeechTrainer(Seq2SeqTrainer):
                 write_json(folder / PROGRESS_FILE, progress)
             super()._save_checkpoint(model, trial)
 
+    # Trainer would push in mid-training, and its failures are silent; `publish` pushes once, at the end.
+
+    def init_hf_repo(self, token=None, private=None):
+        pass
+
+    def push_to_hub(self, *args, **kwargs):
+        pass
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        pass
+
     def _stoppable(self):
         return _Stoppable(self)
 
