@@ -1,14 +1,17 @@
-"""The way through the Hub: model, adapter and dataset loaded by the real code from a Hub on the loopback interface."""
+"""The way through the Hub: model and dataset come from a Hub on the loopback interface, and the run goes there."""
 
 import csv
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import NANO, launch
-from loopback_hub import TOKEN, LoopbackHub
+from loopback_hub import ALWAYS, TOKEN, LoopbackHub, User
 
 FLAGS = ["--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 FLAGS += ["--report_to", "none", "--group_columns", "speaker", "--per_device_train_batch_size", 4]
@@ -32,17 +35,61 @@ def hub(few_digits, tmp_path_factory):
         yield hub
 
 
-def run(hub, home, output_dir, *flags):
-    """Launches the LoRA recipe against the loopback Hub; HF_HUB_OFFLINE of the suite does not hold for it."""
-    env = {**hub.env(home, TOKEN), "HF_HUB_OFFLINE": "0"}
+def environment(hub, home, token=TOKEN):
+    """HF_HUB_OFFLINE of the suite does not hold here."""
+    return {**hub.env(home, token), "HF_HUB_OFFLINE": "0", "HFSPEECH_HUB_TRIES": "1"}
+
+
+def run(hub, home, output_dir, *flags, token=TOKEN, **options):
+    """Launches the LoRA recipe against the loopback Hub."""
     return launch(
         "whisper_lora", "--model_name_or_path", "acme/nano", *FLAGS, *flags,
-        data="acme/digits", output_dir=output_dir, env=env,
+        data="acme/digits", output_dir=output_dir, env=environment(hub, home, token), **options,
     )  # fmt: skip
 
 
-def test_model_and_private_dataset_come_from_the_hub(hub, tmp_path):
-    run(hub, tmp_path / "home", tmp_path / "run")
+def command(hub, home, *args):
+    """Runs Python with arguments against the loopback Hub, and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *args], env=environment(hub, home), text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_run_from_the_hub_and_back(hub, tmp_path):
+    home, push = tmp_path / "home", ["--push_to_hub", "true", "--hub_model_id", "acme/tuned", "--hub_tag", "v1"]
+    push += [
+        "--hub_private_repo",
+        "true",
+        "--hub_strategy",
+        "checkpoint",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        2,
+    ]
+    hub.fail("POST", "/commit/", status=503, times=ALWAYS)
+    done = run(hub, home, tmp_path / "run", *push)
+    # The Hub is down when it is needed: the run ends well all the same, and says how to push it later.
+    assert "the Hub answered 503" in done.stderr
+    assert "training" not in " ".join(
+        commit.title.lower() for commit in hub.repo("models", "acme/tuned").commits.values()
+    )
+    (later,) = [line.strip() for line in done.stderr.splitlines() if line.strip().startswith("hfspeech push ")]
+    hub.faults.clear()
+    program, *args = shlex.split(later)
+    told = command(hub, home, "-m", "hfspeech.cli", *args)
+    assert f"Pushed to {hub.endpoint}/acme/tuned/tree/v1" in told and hub.repo("models", "acme/tuned").private
+    files = hub.files("models", "acme/tuned", "v1")
+    assert {"README.md", "run.json", "adapter_model.safetensors", "last-checkpoint/optimizer.pt"} <= set(files)
+    for path in files:
+        content = hub.read("models", "acme/tuned", path)
+        assert TOKEN.encode() not in content and str(tmp_path).encode() not in content, path
+    imports = "from peft import PeftModel; from transformers import WhisperForConditionalGeneration"
+    code = told.split("model = ")[1].strip()
+    loaded = command(hub, tmp_path / "elsewhere", "-c", f"{imports}; print(type({code}).__name__)")
+    assert 'revision="v1"' in code and loaded.strip() == "PeftModel"
     results = json.loads((tmp_path / "run/run.json").read_text())
     assert results["model"] == {
         "name_or_path": "acme/nano",
@@ -56,6 +103,22 @@ def test_model_and_private_dataset_come_from_the_hub(hub, tmp_path):
     # What a run leaves behind must not carry the token.
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_a_push_that_cannot_succeed_stops_the_run_before_it_begins(hub, tmp_path):
+    hub.users["hf_readonly"] = User("tester", "read")
+    done = run(
+        hub,
+        tmp_path / "home",
+        tmp_path / "run",
+        "--push_to_hub",
+        "true",
+        token="hf_readonly",
+        check=False,
+        processes=2,
+    )
+    assert done.returncode and done.stderr.count("Your token may only read") == 1
+    assert not (tmp_path / "run/run.json").exists()
 
 
 def test_the_same_dataset_streamed(hub, tmp_path):

@@ -57,6 +57,12 @@ def _claim_run(train_args):
     record = json.loads(json.dumps(record))
     file = output_dir / RUN_FILE
     if train_args.push_to_hub:
+        settings = train_args.run_arguments
+        if "lora_r" in settings and not train_args.hub_merge and Path(settings["model_name_or_path"]).exists():
+            raise UserError(
+                f"Nobody else could load an adapter on {settings['model_name_or_path']}, a folder of this machine: give "
+                "--hub_merge true to push the whole model, or leave --push_to_hub out."
+            )
         require_write_access(
             train_args.hub_model_id or output_dir.resolve().name,
             private=train_args.hub_private_repo,
