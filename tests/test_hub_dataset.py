@@ -133,6 +133,8 @@ def test_broken_recordings_are_named_before_anything_is_uploaded(tmp_path):
     with pytest.raises(UserError) as error:
         write(manifest(tmp_path / "data", rows, "test.jsonl"), tmp_path / "out")
     lines = str(error.value).splitlines()
-    for line, words in zip(lines, ("row 2, short.wav: truncated", "row 3, empty.wav: 0 bytes", "row 4, gone.wav: no such file")):
+    for line, words in zip(
+        lines, ("row 2, short.wav: truncated", "row 3, empty.wav: 0 bytes", "row 4, gone.wav: no such file")
+    ):
         assert words in line
     assert len(lines) == 5 and "row 5: no file is named" in lines[3] and "Nothing was pushed" in lines[-1]

@@ -16,6 +16,7 @@ for line in sys.stdin:
     os.environ["HF_TOKEN"] = token
     try:
         found = getattr(hub, function)(*args, **kwargs)
+        found = (found[0] and found[0].sha, found[1]) if function == "look_up" else found
         answer = {"found": dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found}
     except hub.UserError as error:
         answer = {"error": str(error), "type": type(error).__name__}
@@ -275,10 +276,10 @@ def test_commit_and_file_of_a_revision(client, hub, folder):
     first = hub.commit("models", "tester/back")
     (folder / "sub/vocab.json").write_text("{}")
     client.push(folder, "back")
-    assert client("commit_of", "tester/back", revision="v1") == [first, None]
-    assert client("commit_of", "tester/back")[0] == hub.commit("models", "tester/back") != first
-    assert "no revision v9" in client("commit_of", "tester/back", revision="v9")
-    assert "no dataset tester/back" in client("commit_of", "tester/back", repo_type="dataset")
+    assert client("look_up", "tester/back", revision="v1") == [first, None]
+    assert client("look_up", "tester/back")[0] == hub.commit("models", "tester/back") != first
+    assert "no revision v9" in client("look_up", "tester/back", revision="v9")
+    assert "no dataset tester/back" in client("look_up", "tester/back", repo_type="dataset")
     for revision, content in (("v1", '{"a": 0}'), (None, "{}")):
         with open(client("fetch_file", "tester/back", "sub/vocab.json", revision=revision)) as file:
             assert file.read() == content

@@ -1,4 +1,4 @@
-"""The way to the Hub and back: who may write where, uploads that arrive whole, and the commit behind a revision.
+"""The way to the Hub and back: who may write where, uploads that arrive whole, and what a revision stands for.
 
 The token is that of `HF_TOKEN` or of `hf auth login`; it never appears in a message.
 """
@@ -122,8 +122,8 @@ def upload_folder(
     return repo.upload(Path(folder), commit_message, replaces)
 
 
-def commit_of(name, revision=None, repo_type="model", flag="--model_revision"):
-    """Asks the Hub for the commit that a revision stands for.
+def look_up(name, revision=None, repo_type="model", flag="--model_revision"):
+    """Asks the Hub for a repository, such as for the commit that a revision stands for.
 
     Args:
         name: `owner/name`.
@@ -132,7 +132,7 @@ def commit_of(name, revision=None, repo_type="model", flag="--model_revision"):
         flag: what the revision is given by, for messages.
 
     Returns:
-        (commit, None), or (None, why the Hub could not be asked).
+        (its `ModelInfo` or `DatasetInfo`, whose `sha` is the commit, None), or (None, why the Hub could not be asked).
 
     Raises:
         UserError: the Hub has no such repository or revision, or refuses it.
@@ -140,7 +140,7 @@ def commit_of(name, revision=None, repo_type="model", flag="--model_revision"):
     from huggingface_hub import HfApi, errors
 
     try:
-        return HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=30).sha, None
+        return HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=30), None
     except errors.GatedRepoError:
         raise UserError(gated(name, repo_type)) from None
     except errors.RevisionNotFoundError:
@@ -179,14 +179,19 @@ def fetch_file(repo_id, filename, repo_type="model", revision=None, missing_ok=F
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        commit, unreachable = commit_of(repo_id, revision, repo_type, "--revision")
+        info, unreachable = look_up(repo_id, revision, repo_type, "--revision")
     except UserError:
         if missing_ok:
             return None
         raise
     try:
         return Path(
-            _patiently(lambda: hf_hub_download(repo_id, filename, repo_type=repo_type, revision=commit or revision), 3)
+            _patiently(
+                lambda: hf_hub_download(
+                    repo_id, filename, repo_type=repo_type, revision=info.sha if info else revision
+                ),
+                3,
+            )
         )
     except errors.LocalEntryNotFoundError as error:
         raise UserError(

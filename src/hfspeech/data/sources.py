@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 
 from hfspeech.errors import UserError, nearest
-from hfspeech.hub import commit_of, gated
+from hfspeech.hub import gated, look_up
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
@@ -119,7 +119,8 @@ class HubSource:
         from datasets.exceptions import DatasetNotFoundError
 
         self.name = name
-        commit, unreachable = commit_of(name, revision, "dataset", f"{flags}_revision")
+        info, unreachable = look_up(name, revision, "dataset", f"{flags}_revision")
+        commit = info and info.sha
         self.record = {"name": name, "config": config, "revision": revision, "commit": commit}
         where = f"{name}@{revision}" if revision else name
         try:
