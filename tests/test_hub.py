@@ -58,28 +58,18 @@ def command(hub, home, *args):
 
 
 def test_a_run_from_the_hub_and_back(hub, tmp_path):
-    home, push = tmp_path / "home", ["--push_to_hub", "true", "--hub_model_id", "acme/tuned", "--hub_tag", "v1"]
-    push += [
-        "--hub_private_repo",
-        "true",
-        "--hub_strategy",
-        "checkpoint",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        2,
-    ]
+    home = tmp_path / "home"
     hub.fail("POST", "/commit/", status=503, times=ALWAYS)
-    done = run(hub, home, tmp_path / "run", *push)
-    # The Hub is down when it is needed: the run ends well all the same, and says how to push it later.
+    done = run(
+        hub, home, tmp_path / "run", "--push_to_hub", "true", "--hub_model_id", "acme/tuned", "--hub_private_repo", "true",
+        "--hub_tag", "v1", "--hub_strategy", "checkpoint", "--save_strategy", "steps", "--save_steps", 2,
+    )  # fmt: skip
+    # The Hub is away when it is needed: the run ends well all the same, and says how to push it later.
     assert "the Hub answered 503" in done.stderr
-    assert "training" not in " ".join(
-        commit.title.lower() for commit in hub.repo("models", "acme/tuned").commits.values()
-    )
+    assert len(hub.repo("models", "acme/tuned").commits) == 1
     (later,) = [line.strip() for line in done.stderr.splitlines() if line.strip().startswith("hfspeech push ")]
     hub.faults.clear()
-    program, *args = shlex.split(later)
-    told = command(hub, home, "-m", "hfspeech.cli", *args)
+    told = command(hub, home, "-m", "hfspeech.cli", *shlex.split(later)[1:])
     assert f"Pushed to {hub.endpoint}/acme/tuned/tree/v1" in told and hub.repo("models", "acme/tuned").private
     files = hub.files("models", "acme/tuned", "v1")
     assert {"README.md", "run.json", "adapter_model.safetensors", "last-checkpoint/optimizer.pt"} <= set(files)
@@ -91,11 +81,8 @@ def test_a_run_from_the_hub_and_back(hub, tmp_path):
     loaded = command(hub, tmp_path / "elsewhere", "-c", f"{imports}; print(type({code}).__name__)")
     assert 'revision="v1"' in code and loaded.strip() == "PeftModel"
     results = json.loads((tmp_path / "run/run.json").read_text())
-    assert results["model"] == {
-        "name_or_path": "acme/nano",
-        "revision": "main",
-        "commit": hub.commit("models", "acme/nano"),
-    }
+    model = {"name_or_path": "acme/nano", "revision": "main", "commit": hub.commit("models", "acme/nano")}
+    assert model.items() <= results["model"].items()
     assert results["rows"]["account"]["datasets"][0]["commit"] == hub.commit("datasets", "acme/digits")
     assert {"train": 24, "validation": 6, "test": 8}.items() <= results["rows"].items()
     adapter = json.loads((tmp_path / "run/adapter_config.json").read_text())
