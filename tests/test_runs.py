@@ -11,9 +11,10 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+from conftest import NANO
 
 from hfspeech import runs
-from hfspeech.arguments import WhisperTrainingArguments, parse_arguments
+from hfspeech.arguments import LoraArguments, WhisperArguments, WhisperTrainingArguments, parse_arguments
 from hfspeech.errors import UserError
 from hfspeech.runs import RUN_FILE, environment, open_run, read_json, require_space, write_json, write_jsonl, writing
 
@@ -69,6 +70,16 @@ def test_the_remains_of_a_foreign_run_are_refused(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}.*--output_dir"):
         open_run(arguments(tmp_path))
     assert not (tmp_path / RUN_FILE).exists()
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_run(tmp_path):
+    with pytest.raises(UserError, match="offline mode is on.*unset HF_HUB_OFFLINE"):
+        open_run(arguments(tmp_path / "run", push_to_hub=True))
+    settings = {"output_dir": str(tmp_path / "run"), "model_name_or_path": str(NANO), "push_to_hub": True}
+    train_args = parse_arguments(settings, [], (WhisperTrainingArguments, WhisperArguments, LoraArguments))[0]
+    with pytest.raises(UserError, match="Nobody else could load an adapter on .*--hub_merge true"):
+        open_run(train_args)
+    assert not (tmp_path / "run" / RUN_FILE).exists()
 
 
 def test_other_files_are_no_obstacle(tmp_path):

@@ -33,7 +33,7 @@ from .models.lora import add_lora
 from .models.speecht5 import load_speecht5
 from .models.vocoders import load_vocoder
 from .models.whisper import load_whisper
-from .runs import RUN_FILE, claim_folder, peak_rss_bytes, require_space
+from .runs import RUN_FILE, claim_folder, peak_rss_bytes, require_push_allowed, require_space
 from .text import label_ids
 from .training.speecht5 import SpeechT5Trainer
 from .training.trainer import ADAM_BYTES_PER_PARAMETER
@@ -75,6 +75,8 @@ def check(arguments_file, flags=(), overfit=False):
     claim_folder(existing, "--output_dir")
     going_on = "; it holds a run, which the same settings go on with" if (output_dir / RUN_FILE).exists() else ""
     _passed("output", f"{output_dir} can be written{going_on}")
+    if train_args.push_to_hub:
+        _passed("hub", f"{require_push_allowed(train_args)} can be written, too")
 
     quiet_transformers()
     set_seed(train_args.seed)

@@ -2,8 +2,8 @@
 
 from hfspeech.errors import UserError
 from hfspeech.models.loading import quiet_transformers
-from hfspeech.publish.push import default_name, push
-from hfspeech.runs import claim_folder
+from hfspeech.publish.push import push
+from hfspeech.runs import claim_folder, default_repo_name
 
 
 def run(args):
@@ -26,7 +26,7 @@ def run(args):
     claim_folder(args.dry_run, "--dry_run")
     if any(args.dry_run.iterdir()):
         raise UserError(f"{args.dry_run} is not empty: choose another folder with --dry_run.")
-    repo_id = args.repo_id or default_name(args.run_dir)
+    repo_id = args.repo_id or default_repo_name(args.run_dir)
     package(args.run_dir, args.dry_run, merge=args.merge, with_checkpoint=args.with_checkpoint, repo_id=repo_id)
     for path in sorted(path for path in args.dry_run.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>12,} bytes  {path.relative_to(args.dry_run)}")

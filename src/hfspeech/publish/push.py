@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hfspeech.errors import UserError
 from hfspeech.hub import redact, require_write_access, upload_folder
-from hfspeech.runs import writing
+from hfspeech.runs import default_repo_name, writing
 
 # What one push may leave behind and another one does not write: an adapter, say, where the model was merged before.
 OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint*/*", "last-checkpoint/*")
@@ -45,7 +45,7 @@ def push(
     from hfspeech.publish.package import package
 
     where = {"private": private, "revision": revision, "tag": tag, "create_pr": create_pr}
-    repo_id = require_write_access(repo_id or default_name(run_dir), **{**where, "tag": None})
+    repo_id = require_write_access(repo_id or default_repo_name(run_dir), **{**where, "tag": None})
     with tempfile.TemporaryDirectory(prefix="hfspeech-") as folder, writing(folder, "set TMPDIR to a larger disk"):
         package(Path(run_dir), Path(folder), merge=merge, with_checkpoint=with_checkpoint, repo_id=repo_id)
         pushed = upload_folder(folder, repo_id, replaces=OWN_FILES, **where)
@@ -73,7 +73,7 @@ def push_at_end(train_args):
 def push_options(train_args):
     """Returns the arguments of `push` that a run's settings stand for."""
     return {
-        "repo_id": train_args.hub_model_id or default_name(train_args.output_dir),
+        "repo_id": train_args.hub_model_id or default_repo_name(train_args.output_dir),
         "merge": train_args.hub_merge,
         "private": train_args.hub_private_repo,
         "revision": train_args.hub_revision,
@@ -90,11 +90,6 @@ def push_command(run_dir, repo_id, **options):
         if value:
             flags += [f"--{name}"] if value is True else [f"--{name}", value]
     return shlex.join(["hfspeech", "push", str(run_dir), repo_id, *flags])
-
-
-def default_name(run_dir):
-    """Returns what a run is called on the Hub unless it is given a name."""
-    return Path(run_dir).resolve().name
 
 
 def loading_code(folder, name, revision=None):

@@ -2,12 +2,20 @@
 
 from hfspeech.runs.checkpoints import PROGRESS_FILE, is_whole_checkpoint, last_checkpoint, remove_half_written
 from hfspeech.runs.files import claim_folder, read_json, require_space, write_json, write_jsonl, writing
-from hfspeech.runs.records import RUN_FILE, command, environment, open_run, peak_rss_bytes
+from hfspeech.runs.records import (
+    RUN_FILE,
+    command,
+    default_repo_name,
+    environment,
+    open_run,
+    peak_rss_bytes,
+    require_push_allowed,
+)
 
 SAMPLES_FOLDER = "samples"  # speech to listen to, before and after
 
 __all__ = [
-    "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER", "claim_folder", "command", "environment", "is_whole_checkpoint",
-    "last_checkpoint", "open_run", "peak_rss_bytes", "read_json", "remove_half_written", "require_space", "write_json",
-    "write_jsonl", "writing",
+    "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER", "claim_folder", "command", "default_repo_name", "environment",
+    "is_whole_checkpoint", "last_checkpoint", "open_run", "peak_rss_bytes", "read_json", "remove_half_written",
+    "require_push_allowed", "require_space", "write_json", "write_jsonl", "writing",
 ]  # fmt: skip

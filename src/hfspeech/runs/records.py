@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -14,11 +15,13 @@ from pathlib import Path
 
 from hfspeech.arguments import NOT_IDENTITY
 from hfspeech.errors import UserError
-from hfspeech.hub import require_write_access
+from hfspeech.hub import PushFailed, require_write_access
 from hfspeech.runs.files import claim_folder, read_json, require_space, write_json
 
 RUN_FILE = "run.json"
 PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
+
+logger = logging.getLogger("hfspeech")
 
 _NEEDED_BYTES = 50 * 2**20
 
@@ -57,19 +60,7 @@ def _claim_run(train_args):
     record = json.loads(json.dumps(record))
     file = output_dir / RUN_FILE
     if train_args.push_to_hub:
-        settings = train_args.run_arguments
-        if "lora_r" in settings and not train_args.hub_merge and Path(settings["model_name_or_path"]).exists():
-            raise UserError(
-                f"Nobody else could load an adapter on {settings['model_name_or_path']}, a folder of this machine: give "
-                "--hub_merge true to push the whole model, or leave --push_to_hub out."
-            )
-        require_write_access(
-            train_args.hub_model_id or output_dir.resolve().name,
-            private=train_args.hub_private_repo,
-            revision=train_args.hub_revision,
-            tag=None if file.exists() else train_args.hub_tag,  # a run that goes on may have been pushed already
-            create_pr=train_args.hub_create_pr,
-        )
+        require_push_allowed(train_args)
     if file.exists():
         there, here = _identity(_read_record(file)), _identity(record)
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
@@ -86,6 +77,41 @@ def _claim_run(train_args):
             f"{output_dir} holds {foreign[0]} of a run that has no {RUN_FILE}: choose another --output_dir."
         )
     write_json(file, record)
+
+
+def require_push_allowed(train_args):
+    """Sees that the Hub will take what a run is to push; returns the repository's id.
+
+    Raises:
+        UserError: as `require_write_access`, or nobody else could load what would be pushed.
+    """
+    settings, output_dir = train_args.run_arguments, Path(train_args.output_dir)
+    model = settings.get("model_name_or_path")
+    if "lora_r" in settings and not train_args.hub_merge and model and Path(model).expanduser().exists():
+        raise UserError(
+            f"Nobody else could load an adapter on {model}, a folder of this machine: give --hub_merge true to push the "
+            "whole model, or leave --push_to_hub out."
+        )
+    is_new = not (output_dir / RUN_FILE).exists()
+    repo_id = train_args.hub_model_id or default_repo_name(output_dir)
+    try:
+        return require_write_access(
+            repo_id,
+            private=train_args.hub_private_repo,
+            revision=train_args.hub_revision,
+            tag=train_args.hub_tag if is_new else None,  # a run that goes on may have been pushed already
+            create_pr=train_args.hub_create_pr,
+        )
+    except PushFailed as error:
+        if is_new:
+            raise
+        logger.warning("%s The run goes on all the same.", error)
+        return repo_id
+
+
+def default_repo_name(run_dir):
+    """Returns what a run is called on the Hub unless it is given a name."""
+    return Path(run_dir).resolve().name
 
 
 def _read_record(file):
