@@ -113,6 +113,15 @@ def test_shards_of_any_size(tmp_path):
     assert [pyarrow.parquet.read_table(file)["text"][0].as_py() for file in files] == list("01234")
 
 
+def test_splits_whose_columns_differ(tmp_path):
+    row = {"file_name": str(noise(tmp_path / "a.wav")), "text": "x"}
+    manifest(tmp_path / "data", [row | {"speaker": "anna"}])
+    splits = write(manifest(tmp_path / "data", [row], "dev.jsonl"), tmp_path / "out")
+    tables = [pyarrow.parquet.read_table(file) for file in sorted((tmp_path / "out").iterdir())]
+    assert [split.name for split in splits] == ["train", "validation"] and tables[0].schema == tables[1].schema
+    assert [table["speaker"].to_pylist() for table in tables] == [["anna"], [None]]
+
+
 def test_parquet_keeps_its_types(tmp_path):
     audio = [{"bytes": noise(tmp_path / "a.wav").read_bytes(), "path": "/home/me/a.wav"}] * 2
     (tmp_path / "data").mkdir()

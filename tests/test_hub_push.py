@@ -204,6 +204,7 @@ def test_branch_and_pull_request(client, hub, folder):
     [
         ("unavailable", {"path": "/commit/", "status": 503, "times": 3}),
         ("busy", {"path": "/repos/create", "status": 429, "headers": {"Retry-After": "0"}, "times": 2}),
+        ("limited", {"path": "/commit/", "status": 429, "headers": {"RateLimit": '"api";r=0;t=0'}}),
         ("looking", {"path": "/api/models/", "method": "GET", "status": 502}),
         ("whoami", {"path": "whoami", "method": "GET", "cut": True}),
         ("cut-upload", {"path": "/lfs/[0-9a-f]{64}", "method": "PUT", "cut": True}),

@@ -24,6 +24,7 @@ SILENCE_S = 120.0  # of a connection, after which it is given up
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+_NEW_TOKEN = f"make one that may write at {_TOKENS_PAGE}, then type `hf auth login --force` or set HF_TOKEN"
 
 
 class PushFailed(UserError):
@@ -75,7 +76,8 @@ def require_write_access(repo_id, repo_type="model", private=None, revision=None
             branch or tag that cannot be written; no way to the Hub.
     """
     repo = _Repo(repo_id, repo_type, private, revision, tag, create_pr, min(TRIES, 3))
-    repo.require_free_tag()
+    if repo.exists:
+        repo.ask(f"{repo.id} could not be looked up", repo.require_free_tag)
     return repo.id
 
 
@@ -184,15 +186,9 @@ def fetch_file(repo_id, filename, repo_type="model", revision=None, missing_ok=F
         if missing_ok:
             return None
         raise
+    commit = info.sha if info else revision
     try:
-        return Path(
-            _patiently(
-                lambda: hf_hub_download(
-                    repo_id, filename, repo_type=repo_type, revision=info.sha if info else revision
-                ),
-                3,
-            )
-        )
+        return Path(_patiently(lambda: hf_hub_download(repo_id, filename, repo_type=repo_type, revision=commit), 3))
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{filename} of {repo_id} is not in the cache, and {unreachable or _explain(error)[0]}."
@@ -234,21 +230,15 @@ class _Repo:
                 "The offline mode is on, so nothing can be pushed: unset HF_HUB_OFFLINE, or push later with `hfspeech push`."
             )
         if not get_token():
-            raise UserError(
-                f"There is no token for the Hub: make one that may write at {_TOKENS_PAGE}, then type `hf auth login` "
-                "or set HF_TOKEN."
-            )
-        return self._ask("The Hub could not be asked who you are", self.api.whoami)
+            raise UserError(f"There is no token for the Hub: {_NEW_TOKEN}.")
+        return self.ask("The Hub could not be asked who you are", self.api.whoami)
 
     def _require_rights(self, user):
         namespace = self.id.split("/")[0]
         token = user.get("auth", {}).get("accessToken", {})
         orgs = {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
         if token.get("role") == "read":
-            raise UserError(
-                f"Your token may only read: make one that may write at {_TOKENS_PAGE}, then type `hf auth login` or set "
-                "HF_TOKEN."
-            )
+            raise UserError(f"Your token may only read: {_NEW_TOKEN}.")
         if self.create_pr:
             return
         if namespace != user["name"] and namespace not in orgs:
@@ -280,14 +270,12 @@ class _Repo:
             except errors.RepositoryNotFoundError:
                 return None
 
-        found = self._ask(f"{self.id} could not be looked up", info)
+        found = self.ask(f"{self.id} could not be looked up", info)
         if self.create_pr and not found:
             raise UserError(f"There is no {self.type} {self.id} to open a pull request for: check its name.")
         if self.create_pr or not found:
             return bool(found)
-        self._ask(
-            f"{self.id} cannot be written", lambda: self.api.auth_check(self.id, repo_type=self.type, write=True)
-        )
+        self.ask(f"{self.id} cannot be written", lambda: self.api.auth_check(self.id, repo_type=self.type, write=True))
         if self.private and not found.private:
             raise UserError(
                 f"{self.id} is public already, so what is pushed would be, too: make it private in its settings on the "
@@ -297,7 +285,7 @@ class _Repo:
 
     def require_free_tag(self):
         """Raises a `UserError` if the tag is there already."""
-        if self.tag and self.exists and (commit := self._ask(self._what, self._tags).get(self.tag)):
+        if self.tag and (commit := self._tags().get(self.tag)):
             raise UserError(f"{self.id} has a tag {self.tag} already, of {commit[:8]}: choose another name for it.")
 
     def _tags(self):
@@ -322,17 +310,17 @@ class _Repo:
         )
         if not self.exists:
             private = {"private": True} if self.private else {}
-            self._ask(self._what, lambda: self.api.create_repo(self.id, repo_type=self.type, exist_ok=True, **private))
+            self.ask(self._what, lambda: self.api.create_repo(self.id, repo_type=self.type, exist_ok=True, **private))
         if self.branch and not self.branch.startswith("refs/"):
-            self._ask(
+            self.ask(
                 self._what,
                 lambda: self.api.create_branch(self.id, branch=self.branch, repo_type=self.type, exist_ok=True),
             )
-        known = self._ask(self._what, self._pull_requests) if self.create_pr else {}
-        commit, pr = self._ask(self._what, lambda: self._commit(message, replaces, known))
+        known = self.ask(self._what, self._pull_requests) if self.create_pr else {}
+        commit, pr = self.ask(self._what, lambda: self._commit(message, replaces, known))
         if self.tag:
             what = f"{self.id} holds all files at {commit[:8]}, but the tag {self.tag} could not be set"
-            self._ask(what, lambda: self._set_tag(commit))
+            self.ask(what, lambda: self._set_tag(commit))
         page = f"{self.api.endpoint}/{'datasets/' if self.type == 'dataset' else ''}{self.id}"
         revision = pr or self.tag or self.branch
         return Pushed(
@@ -354,8 +342,7 @@ class _Repo:
         differing = self._differences(self.branch, replaces)
         if not differing:
             return self.api.repo_info(self.id, revision=self.branch, repo_type=self.type).sha, None
-        if self.tag:
-            self.require_free_tag()
+        self.require_free_tag()
         operations = [
             CommitOperationAdd(name, self.local[name].path)
             if name in self.local
@@ -392,7 +379,7 @@ class _Repo:
     def _what(self):
         return f"The push to {self.id} failed"
 
-    def _ask(self, what, call):
+    def ask(self, what, call):
         """Calls the Hub patiently; ends in `PushFailed` that begins with `what`."""
         try:
             return _patiently(call, **self.patience)
@@ -462,6 +449,7 @@ def _patiently(call, tries=None, first_wait_s=FIRST_WAIT_S, silence_s=SILENCE_S)
 def _explain(error):
     """Returns what went wrong as part of a sentence, whether it may pass by itself, and the seconds the Hub asks for."""
     from huggingface_hub import errors
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     while error.__cause__ and not isinstance(error, (errors.HfHubHTTPError, UserError, ValueError)):
         error = error.__cause__  # an upload that fails in a thread is wrapped
@@ -472,21 +460,16 @@ def _explain(error):
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         said = (error.server_message or "").strip().split("\n")[0].rstrip(".")
-        asked = error.response.headers.get("Retry-After", "")
         if status in _PASSING:
+            headers = error.response.headers
+            limit = parse_ratelimit_headers(headers)  # the Hub's own, sent with every answer
+            asked = str(limit.reset_in_seconds) if limit and not limit.remaining else headers.get("Retry-After", "")
             return f"the Hub answered {status}; try again later", True, float(asked) if asked.isdigit() else None
         if status == 401:
-            return (
-                f"the token is not valid, or no longer; make another at {_TOKENS_PAGE}, then type `hf auth login --force` or set HF_TOKEN",
-                False,
-                None,
-            )
+            return f"the token is not valid, or no longer; {_NEW_TOKEN}", False, None
         if status == 403:
-            return (
-                f"the Hub refuses it ({said or 'forbidden'}): see what your token may do at {_TOKENS_PAGE}",
-                False,
-                None,
-            )
+            what_it_may = f"see what your token may do at {_TOKENS_PAGE}"
+            return f"the Hub refuses it ({said or 'forbidden'}); {what_it_may}", False, None
         return f"the Hub answered {status}" + (f" ({said})" if said else ""), False, None
     if isinstance(error, (ValueError, TypeError, KeyError)) or getattr(error, "filename", None):
         return " ".join(str(error).split()).rstrip("."), False, None

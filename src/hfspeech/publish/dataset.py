@@ -2,10 +2,10 @@
 
 import dataclasses
 import io
+import logging
 import os
 import re
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,7 +22,9 @@ SHARD_BYTES = 500 * 10**6
 GROUP_BYTES = 32 * 10**6  # of audio in memory, and in one row group
 MOST_FAULTS = 5  # named in a message
 
-_ABSOLUTE = re.compile(r"[/~]|[A-Za-z]:[\\/]|file://")
+_ABSOLUTE = re.compile(r"/[^/\s]+/|~/|[A-Za-z]:[\\/]|file://")
+
+logger = logging.getLogger("hfspeech")
 
 
 @dataclasses.dataclass
@@ -30,12 +32,12 @@ class Split:
     """What is in a split, for the card."""
 
     name: str
-    features: object = None
-    rows: int = 0
+    features: dict
+    rows: int
     seconds: float = 0.0
     num_bytes: int = 0
     speakers: set = dataclasses.field(default_factory=set)
-    rates: Counter = dataclasses.field(default_factory=Counter)
+    rates: set = dataclasses.field(default_factory=set)
 
 
 def push_dataset(
@@ -98,77 +100,118 @@ def write_parquet(source, folder, data_args, shard_bytes=SHARD_BYTES):
         UserError: a recording is broken (the sentence names those), or two splits are the same one.
     """
     folder.mkdir(parents=True)
-    splits, faults = {}, []
-    order = ("train", "validation", "test")
-    found = [(ALIASES.get(name, name), name) for name in source.split_names]
-    for split, name in sorted(found, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order)):
-        if not re.fullmatch(r"\w+", split) or split in splits:
+    order, parts = ("train", "validation", "test"), {}
+    for name in source.split_names:
+        split = ALIASES.get(name, name)
+        if not re.fullmatch(r"\w+", split) or split in parts:
             raise UserError(f"{source.name} has a split {name}: give it a name of its own, of letters, digits and _.")
         rows, paths_from = source.read(name)
-        columns = find_columns(rows, data_args, source.name)
-        splits[split] = _write_split(split, rows, paths_from, columns, folder, shard_bytes, source.name, faults)
+        parts[split] = _Part(split, rows, paths_from, find_columns(rows, data_args, source.name), source.name)
+    parts = sorted(parts.values(), key=lambda part: order.index(part.name) if part.name in order else len(order))
+    features, faults = _common_features(parts), []
+    splits = [part.write(features, folder, shard_bytes, faults) for part in parts]
     if faults:
-        more = f"\nand {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-        raise UserError(
-            "\n".join(faults[:MOST_FAULTS])
-            + f"{more}\nNothing was pushed: mend these recordings, or take their rows out."
-        )
-    return list(splits.values())
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        last = "Nothing was pushed: mend these recordings, or take their rows out."
+        raise UserError("\n".join([*faults[:MOST_FAULTS], *more, last]))
+    return splits
 
 
-def _write_split(name, rows, paths_from, columns, folder, shard_bytes, where, faults):
+def _common_features(parts):
+    """Returns the `datasets.Features` of all splits together: a column that one of them lacks is empty there."""
     import datasets
-    import pyarrow
 
-    offsets = (
-        [to_seconds(v, columns.offset, i, where) for i, v in enumerate(rows[columns.offset][:])]
-        if columns.offset
-        else []
-    )
-    lengths = (
-        [to_seconds(v, columns.duration, i, where) for i, v in enumerate(rows[columns.duration][:])] if offsets else []
-    )
-    audio_name = columns.audio if is_audio(rows.features, columns.audio) else "audio"
-    rows = as_undecoded(rows, columns.audio, paths_from)
-    left_out = {"split", columns.offset} | _local_paths(rows, columns)
-    rows = rows.select_columns([column for column in rows.column_names if column not in left_out])
-    features = {c: datasets.Value("string") if f == datasets.Value("null") else f for c, f in rows.features.items()}
-    features[columns.audio] = datasets.Audio()
-    if columns.duration:
-        features[columns.duration] = datasets.Value("float64")
-    schema = datasets.Features(
-        {audio_name if c == columns.audio else c: feature for c, feature in features.items()}
-    ).arrow_schema
-    split = Split(name, datasets.Features.from_arrow_schema(schema))
-    shards, tables = _Shards(folder, name, schema, shard_bytes), rows.with_format("arrow")
-    contents, seconds, first = [], [], 0
-    for i in tqdm(range(len(rows)), unit=" rows", desc=f"reading {name}", disable=None):
-        audio = rows[i][columns.audio]
-        try:
-            content, rate, num_s = _recording(audio, offsets[i] if offsets else None, lengths[i] if lengths else None)
-        except BadAudio as reason:
-            faults.append(f"{where}, {name}, {row_name(i + 1, audio['path'] or '')}: {reason}".replace(", :", ":"))
-            content, rate, num_s = {"bytes": b"", "path": None}, 0, 0.0
-        contents.append(content)
-        seconds.append(num_s)
-        split.rates[rate] += 1
-        if sum(len(content["bytes"]) for content in contents) < min(GROUP_BYTES, shard_bytes) and i + 1 < len(rows):
-            continue
-        if not faults:
-            table = tables[first : i + 1].combine_chunks()
-            for column, values in ((columns.audio, contents), (columns.duration, seconds)):
-                if column:
-                    array = pyarrow.array(values, schema.field(audio_name if column == columns.audio else column).type)
-                    table = table.set_column(table.column_names.index(column), column, array)
-            table = table.rename_columns(schema.names).cast(schema)
-            split.num_bytes += table.nbytes
-            shards.write(table)
-        split.seconds += sum(seconds)
-        contents, seconds, first = [], [], i + 1
-    shards.close()
-    split.rows = len(rows)
-    split.speakers = set(rows[columns.speaker][:]) - {None, ""} if columns.speaker else set()
-    return split
+    features = datasets.Features()
+    for part in parts:
+        for name, feature in part.features.items():
+            if features.setdefault(name, feature) != feature:
+                raise UserError(
+                    f"The column {name} of {part.where} is {features[name]} in one split and {feature} in another: store "
+                    "it the same way in both."
+                )
+    return features
+
+
+class _Part:
+    """A split on its way into parquet.
+
+    Args:
+        name: of the split.
+        rows, paths_from: as a source reads them.
+        columns: its `Columns`.
+        where: name of the source, for messages.
+    """
+
+    def __init__(self, name, rows, paths_from, columns, where):
+        import datasets
+
+        self.name, self.where, self.columns, self.audio = name, where, columns, columns.audio
+        self.offsets, self.lengths = (self._seconds(rows, name) for name in (columns.offset, columns.duration))
+        is_path = not is_audio(rows.features, self.audio)
+        rows = as_undecoded(rows, self.audio, paths_from)
+        if is_path and self.audio != "audio":
+            rows, self.audio = rows.rename_column(self.audio, "audio"), "audio"
+        left_out = {"split", columns.offset} | self._local_paths(rows)
+        self.rows = rows.select_columns([column for column in rows.column_names if column not in left_out])
+        text = datasets.Value("string")
+        self.features = {c: text if f == datasets.Value("null") else f for c, f in self.rows.features.items()}
+        self.features[self.audio] = datasets.Audio()
+        if columns.duration:
+            self.features[columns.duration] = datasets.Value("float64")
+
+    def write(self, features, folder, shard_bytes, faults):
+        """Writes the split, and adds a sentence to `faults` for each broken recording; returns its `Split`."""
+        import pyarrow
+
+        split, schema = Split(self.name, features, len(self.rows)), features.arrow_schema
+        shards, tables = _Shards(folder, self.name, schema, shard_bytes), self.rows.with_format("arrow")
+        contents, seconds, first = [], [], 0
+        for i in tqdm(range(len(self.rows)), unit=" rows", desc=f"reading {self.name}", disable=None):
+            audio = self.rows[i][self.audio]
+            try:
+                content, rate, num_s = _recording(audio, self.offsets[i], self.lengths[i])
+            except BadAudio as reason:
+                row = row_name(i + 1, audio["path"] or "").removesuffix(", ")
+                faults.append(f"{self.where}, {self.name}, {row}: {reason}")
+                continue
+            contents.append(content)
+            seconds.append(num_s)
+            split.seconds += num_s
+            split.rates.add(rate)
+            if (
+                sum(len(content["bytes"]) for content in contents) < min(GROUP_BYTES, shard_bytes)
+                and i + 1 < split.rows
+            ):
+                continue
+            if not faults:
+                table = tables[first : i + 1]
+                values = {c: table[c] if c in table.column_names else [None] * len(table) for c in features}
+                values[self.audio] = contents
+                if self.columns.duration:
+                    values[self.columns.duration] = seconds
+                table = pyarrow.Table.from_pydict(values, schema=schema)
+                split.num_bytes += table.nbytes
+                shards.write(table)
+            contents, seconds, first = [], [], i + 1
+        shards.close()
+        if self.columns.speaker:
+            split.speakers = set(self.rows[self.columns.speaker][:]) - {None, ""}
+        return split
+
+    def _seconds(self, rows, column):
+        if not column:
+            return [None] * len(rows)
+        return [to_seconds(value, column, i, self.where) for i, value in enumerate(rows[column][:])]
+
+    def _local_paths(self, rows):
+        """Returns the columns that hold paths of this machine, which are nobody else's business."""
+        found = set()
+        for name, feature in rows.features.items():
+            is_text = getattr(feature, "dtype", None) in ("string", "large_string")
+            if is_text and name != self.columns.text and any(_ABSOLUTE.match(value or "") for value in rows[name][:]):
+                found.add(name)
+                logger.warning("%s: the column %s holds paths of this machine and is left out.", self.where, name)
+        return found
 
 
 def _recording(audio, offset_s, num_s):
@@ -196,19 +239,6 @@ def _recording(audio, offset_s, num_s):
         soundfile.write(buffer, waveform, rate, format="FLAC")
         content, name = buffer.getvalue(), f"{Path(name or 'segment').stem}_{offset_s:g}.flac"
     return {"bytes": content, "path": name}, rate, len(waveform) / rate
-
-
-def _local_paths(rows, columns):
-    """Returns the columns that hold paths of this machine, which are nobody else's business."""
-    found = set()
-    for name, feature in rows.features.items():
-        is_text = getattr(feature, "dtype", None) in ("string", "large_string")
-        if is_text and name not in (columns.audio, columns.text):
-            values = [value for value in rows[name][:] if value]
-            if values and all(_ABSOLUTE.match(value) for value in values):
-                found.add(name)
-                tqdm.write(f"The column {name} holds paths of this machine: it is left out.")
-    return found
 
 
 class _Shards:
