@@ -1,6 +1,5 @@
 """From a run to the Hub: packed and checked here, uploaded whole, and never lost with what went before."""
 
-import json
 import logging
 import shlex
 import tempfile
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from hfspeech.errors import UserError
 from hfspeech.hub import redact, require_write_access, upload_folder
+from hfspeech.publish.tables import loading_code
 from hfspeech.runs import default_repo_name, writing
 
 # What one push may leave behind and another one does not write: an adapter, say, where the model was merged before.
@@ -90,17 +90,3 @@ def push_command(run_dir, repo_id, **options):
         if value:
             flags += [f"--{name}"] if value is True else [f"--{name}", value]
     return shlex.join(["hfspeech", "push", str(run_dir), repo_id, *flags])
-
-
-def loading_code(folder, name, revision=None):
-    """Returns the stock code that loads the model of a folder by its name on the Hub."""
-    revision = f', revision="{revision}"' if revision else ""
-    adapter = folder / "adapter_config.json"
-    if not adapter.exists():
-        (model_class,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-        return f'{model_class}.from_pretrained("{name}"{revision})'
-    config = json.loads(adapter.read_text(encoding="utf-8"))
-    base_revision = f', revision="{config["revision"]}"' if config.get("revision") else ""
-    base_class = config["auto_mapping"]["base_model_class"]
-    base = f'{base_class}.from_pretrained("{config["base_model_name_or_path"]}"{base_revision})'
-    return f'PeftModel.from_pretrained({base}, "{name}"{revision})'

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from hfspeech.models.loading import base_of
-from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER
+from hfspeech.models.loading import ADAPTER_CONFIG
+from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER, read_json
 
 EXAMPLES = 10
 
@@ -93,22 +93,28 @@ def example_lines(predictions):
 
 def where_it_lies(trainer):
     """Returns the folder of the model and the line of stock code that loads it."""
-    output_dir, name = trainer.args.output_dir, type(base_of(trainer.model)).__name__
-    if hasattr(trainer.model, "peft_config"):
-        config = next(iter(trainer.model.peft_config.values()))
-        revision = f', revision="{config.revision}"' if config.revision else ""
-        base = f'{name}.from_pretrained("{config.base_model_name_or_path}"{revision})'
-        kind = "adapter"
-        code = f'PeftModel.from_pretrained({base}, "{output_dir}")'
-    else:
-        kind = "model"
-        code = f'{name}.from_pretrained("{output_dir}")'
-    samples = Path(output_dir) / SAMPLES_FOLDER
+    output_dir = Path(trainer.args.output_dir)
+    kind = "adapter" if hasattr(trainer.model, "peft_config") else "model"
+    samples = output_dir / SAMPLES_FOLDER
     heard = f"\nListen to it, before and after, in {samples}." if samples.exists() else ""
     return (
-        f"The {kind} is in {output_dir}, the record in {output_dir}/{RUN_FILE}, every test row in "
-        f"{output_dir}/predictions.jsonl.{heard}\nLoad it with stock code:\n    model = {code}"
+        f"The {kind} is in {output_dir}, the record in {output_dir / RUN_FILE}, every test row in "
+        f"{output_dir}/predictions.jsonl.{heard}\nLoad it with stock code:\n"
+        f"    model = {loading_code(output_dir, output_dir)}"
     )
+
+
+def loading_code(folder, name, revision=None):
+    """Returns the stock code that loads the model of a folder by a path or its name on the Hub."""
+    adapter, revision = folder / ADAPTER_CONFIG, f', revision="{revision}"' if revision else ""
+    if not adapter.exists():
+        (model_class,) = read_json(folder / "config.json")["architectures"]
+        return f'{model_class}.from_pretrained("{name}"{revision})'
+    config = read_json(adapter)
+    base_revision = f', revision="{config["revision"]}"' if config.get("revision") else ""
+    base = config["auto_mapping"]["base_model_class"]
+    base = f'{base}.from_pretrained("{config["base_model_name_or_path"]}"{base_revision})'
+    return f'PeftModel.from_pretrained({base}, "{name}"{revision})'
 
 
 def rate_text(score, name="wer"):
