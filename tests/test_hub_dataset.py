@@ -42,7 +42,7 @@ def test_from_a_folder_to_the_hub_and_back(few_digits, tmp_path):
 
         def command(*args):
             return subprocess.run(
-                [sys.executable, *map(str, args)], env=env, text=True, capture_output=True, timeout=120
+                [sys.executable, *map(str, args)], env=env, text=True, capture_output=True, timeout=300
             )
 
         flags = ["--language", "en", "--license", "cc0-1.0", "--private", "--tag", "v1"]
