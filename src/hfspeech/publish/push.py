@@ -50,7 +50,9 @@ def push(
         package(Path(run_dir), Path(folder), merge=merge, with_checkpoint=with_checkpoint, repo_id=repo_id)
         pushed = upload_folder(folder, repo_id, replaces=OWN_FILES, **where)
         code = loading_code(Path(folder), pushed.repo_id, pushed.revision)
-    print(f"Pushed to {pushed.pr_url or pushed.url}\nLoad it with stock code:\n    model = {code}")
+    nothing_new = create_pr and not pushed.pr_url
+    done = "No pull request was opened, for all of it is there already:" if nothing_new else "Pushed to"
+    print(f"{done} {pushed.pr_url or pushed.url}\nLoad it with stock code:\n    model = {code}")
     return pushed
 
 
