@@ -233,6 +233,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
     reason, for the log and the run record.
     """
 
+    run_arguments, run_sources = {}, {}  # `parse` fills them
     output_dir: str = field(default=None, metadata={"help": "Folder for checkpoints, model, results and logs."})
     bf16: bool = field(default=None, metadata={"help": "bfloat16 mixed precision. Default: where the GPU has it."})
     fp16: bool = field(
@@ -393,6 +394,9 @@ NOT_IDENTITY = {
     "hub_always_push", "hub_merge", "hub_tag", "hub_create_pr", "project", "trackio_space_id",
 }  # fmt: skip
 
+# What `SpeechTrainingArguments` fills in by what the machine has.
+CHOSEN_BY_HARDWARE = {"bf16", "fp16", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory"}
+
 # Settings that have a default and where null says something else: keep every checkpoint.
 MAY_BE_NULL = {"save_total_limit"}
 
@@ -409,7 +413,9 @@ def parse(recipe_file, *dataclass_types, argv=None):
         argv: list of str, the command line without the program's name. Default: `sys.argv[1:]`.
 
     Returns:
-        One instance for each dataclass. Every instance carries `run_arguments`, a JSON-able dict of all settings.
+        One instance for each dataclass. Every instance carries `run_arguments`, a JSON-able dict of all settings, and
+        `run_sources`, where each of them comes from: `default`, the arguments file as it was written, `command line`, or
+        `hardware` for what the program chose by the machine.
 
     Raises:
         UserError: unknown keys, values of the wrong type, an unreadable file, or settings that exclude each other.
@@ -451,7 +457,7 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
     parser = _Parser(dataclass_types, allow_abbrev=False, add_help=True, prog="run.py [ARGS.yaml]")
     fields = {f.name: f for dtype in dataclass_types for f in dataclasses.fields(dtype) if f.init}
     known = set(fields)
-    faults, tokens = [], []
+    faults, tokens, sources = [], [], {}
     settings = _of_this_dataset(settings, flags, source)
 
     for name, value in settings.items():
@@ -459,16 +465,20 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
             faults.append(f"{source}: there is no setting {name!r}.{nearest(name, known)}")
         elif value is not None:
             tokens.append((str(source), _as_tokens(name, value)))
+            sources[name] = str(source)
         elif fields[name].default is not None and name not in MAY_BE_NULL:
             faults.append(f"{source}: {name} cannot be null. Leave the line out for {parser.get_default(name)}.")
         else:
             parser.set_defaults(**{name: None})
+            if fields[name].default is not None:
+                sources[name] = str(source)
     for group in _group_flags(flags):
         name = group[0].partition("=")[0].lstrip("-").replace("-", "_")
         if not group[0].startswith("--"):
             faults.append(f"Command line: {group[0]!r} belongs to no setting. Write --name value.")
         elif name == "help" or name.removeprefix("no_") in known or name in known:
             tokens.append(("command line", group))
+            sources[name if name in known else name.removeprefix("no_")] = "command line"
         else:
             faults.append(f"Command line: there is no setting --{name}.{nearest(name, known)}")
     for where, group in tokens:
@@ -493,8 +503,11 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
             value = getattr(instance, f.name)
             if f.name not in ("hub_token", "push_to_hub_token"):
                 run_arguments[f.name] = value if _is_plain(value) else str(value)
+                if f.name in CHOSEN_BY_HARDWARE and f.name not in sources and value != f.default:
+                    sources[f.name] = "hardware"
+    run_sources = {name: sources.get(name, "default") for name in run_arguments}
     for instance in instances:
-        instance.run_arguments = run_arguments
+        instance.run_arguments, instance.run_sources = run_arguments, run_sources
     return instances
 
 

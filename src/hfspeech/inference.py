@@ -153,7 +153,7 @@ class Listener:
 
     def __init__(self, name_or_path, language=None, batch_size=16):
         self.model, self.processor = load_for_inference(name_or_path, language=language)
-        self.batch_size = batch_size
+        self.name, self.hub_commit, self.batch_size = str(name_or_path), self.model.hub_commit, batch_size
 
     def __call__(self, waveforms):
         return [joined(segments) for segments in transcribe(self.model, self.processor, waveforms, self.batch_size)]

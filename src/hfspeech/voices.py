@@ -12,7 +12,7 @@ import torch
 from .audio import SAMPLING_RATE, log_mel_spectrogram
 from .data.rows import SPEAKER_EMBEDDING_DIM as DIM
 from .errors import UserError
-from .models.loading import best_device, loading, resolve
+from .models.loading import best_device, hub_commit, loading, resolve
 
 MEL_STATISTICS = "mel_statistics"
 UTTERANCES = 10  # recordings of a speaker that its embedding is the mean of
@@ -55,7 +55,7 @@ class MelStatistics:
     numbers by a fixed random matrix, which keeps angles (Johnson and Lindenstrauss 1984).
     """
 
-    name = MEL_STATISTICS
+    name, hub_commit = MEL_STATISTICS, None
 
     def __init__(self):
         from transformers import SpeechT5FeatureExtractor
@@ -97,6 +97,7 @@ class XVectorEncoder:
                 )
             self.extractor = AutoFeatureExtractor.from_pretrained(source, revision=revision)
             self.model = WavLMForXVector.from_pretrained(source, revision=revision).eval().to(best_device())
+            self.hub_commit = hub_commit(source, revision)
         if self.model.config.xvector_output_dim != DIM:
             raise UserError(
                 f"--speaker_encoder {name} makes {self.model.config.xvector_output_dim} numbers, and SpeechT5 takes {DIM}: "
@@ -120,6 +121,8 @@ class XVectorEncoder:
 
 class SpeechBrainEncoder:
     """Speaker embeddings of a SpeechBrain encoder, remembered on disk by what was heard."""
+
+    hub_commit = None  # SpeechBrain does not say
 
     def __init__(self, name):
         try:

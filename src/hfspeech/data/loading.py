@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from hfspeech.audio import SAMPLING_RATE, BadAudio, sampling_rate_of
+from hfspeech.data.fingerprint import fingerprint
 from hfspeech.data.leaks import check_leaks, recordings_of, shared_rows
 from hfspeech.data.rows import (
     HIDDEN,
@@ -38,7 +39,8 @@ class SpeechSplits(dict):
 
     Attributes:
         account: JSON-able dict: `datasets` (name, commit or path of each) and `splits`, for each split the number of
-            `rows`, their `hours`, and `dropped`: reason → `count` and `example`.
+            `rows`, their `hours`, their `fingerprint` (see there; a streamed split has none), and `dropped`: reason →
+            `count` and `example`.
     """
 
     def __init__(self, splits, account):
@@ -263,6 +265,7 @@ class _Loader:
             entry = self.account["splits"][name]
             entry["rows"] = len(rows)
             entry["hours"] = round(sum(rows["duration_s"][:]) / 3600, 4)
+            entry["fingerprint"] = fingerprint(rows)
             finished[name] = SpeechDataset(_unique_ids(rows).remove_columns(list(HIDDEN)))
         self.log()
         return SpeechSplits(finished, self.account)

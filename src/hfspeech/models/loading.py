@@ -1,6 +1,7 @@
 """What loading any model has in common: where it lies, what can go wrong, and on what it runs."""
 
 import contextlib
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -120,6 +121,33 @@ def hub_commit(source, revision, filename="config.json"):
     from transformers.utils.hub import extract_commit_hash
 
     return extract_commit_hash(cached_file(source, filename, revision=revision), None)
+
+
+def identify(name_or_path, revision="main", commit=None):
+    """Returns what a record says of a model: its name, and what exactly that name stood for.
+
+    Returns:
+        dict: `name_or_path`, `revision`, `commit` (on the Hub; None for a local folder) and `fingerprint` (of a local
+        folder: what `cat *.safetensors | sha256sum` says, after `sha256:`; None on the Hub, or without weights).
+    """
+    return {
+        "name_or_path": name_or_path,
+        "revision": revision,
+        "commit": commit,
+        "fingerprint": name_or_path and _weights_hash(Path(name_or_path).expanduser()),
+    }
+
+
+def _weights_hash(folder):
+    if not folder.is_dir():
+        return None
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                total.update(block)
+    return f"sha256:{total.hexdigest()}" if files else None
 
 
 def read_config(source, revision, model_type, kind, example):

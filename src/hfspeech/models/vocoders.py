@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from hfspeech.errors import UserError, nearest
-from hfspeech.models.loading import best_device, loading, resolve
+from hfspeech.models.loading import best_device, hub_commit, loading, resolve
 
 HIFIGAN = "microsoft/speecht5_hifigan"
 MODEL_TYPES = ("hifigan", "speecht5_hifigan")  # published with older releases of transformers, saved by today's
@@ -53,7 +53,7 @@ def load_vocoder(name, revision="main"):
 class GriffinLim:
     """Griffin and Lim's search for the phases that fit, after the mel bins are spread over the linear ones."""
 
-    name, sampling_rate = "griffin_lim", SAMPLING_RATE
+    name, sampling_rate, hub_commit = "griffin_lim", SAMPLING_RATE, None
 
     def __init__(self):
         from transformers.audio_utils import mel_filter_bank
@@ -120,6 +120,7 @@ class HifiGan:
 
     def __init__(self, name, model):
         self.name, self.model = name, model.eval().to(best_device())
+        self.hub_commit = model.hub_commit
         self.rows_at_once = 1 if self.model.device.type == "cpu" else ROWS_AT_ONCE
 
     @torch.no_grad()
@@ -158,4 +159,5 @@ def _load_hifigan(source, revision):
     )
     if info["missing_keys"]:  # transformers would fill them with noise
         raise OSError(f"{sorted(info['missing_keys'])[0]} is missing")
+    model.hub_commit = hub_commit(source, revision)
     return model

@@ -3,19 +3,22 @@
 from hfspeech.runs.checkpoints import PROGRESS_FILE, is_whole_checkpoint, last_checkpoint, remove_half_written
 from hfspeech.runs.files import claim_folder, read_json, require_space, write_json, write_jsonl, writing
 from hfspeech.runs.records import (
+    CHECKOUT,
     RUN_FILE,
     command,
     default_repo_name,
     environment,
     open_run,
     peak_rss_bytes,
+    read_record,
     require_push_allowed,
+    what_is_run,
 )
 
 SAMPLES_FOLDER = "samples"  # speech to listen to, before and after
 
 __all__ = [
-    "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER", "claim_folder", "command", "default_repo_name", "environment",
-    "is_whole_checkpoint", "last_checkpoint", "open_run", "peak_rss_bytes", "read_json", "remove_half_written",
-    "require_push_allowed", "require_space", "write_json", "write_jsonl", "writing",
+    "CHECKOUT", "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER", "claim_folder", "command", "default_repo_name",
+    "environment", "is_whole_checkpoint", "last_checkpoint", "open_run", "peak_rss_bytes", "read_json", "read_record",
+    "remove_half_written", "require_push_allowed", "require_space", "what_is_run", "write_json", "write_jsonl", "writing",
 ]  # fmt: skip

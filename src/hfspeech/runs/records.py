@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from hfspeech.arguments import NOT_IDENTITY
 from hfspeech.errors import UserError
 from hfspeech.hub import PushFailed, require_write_access
@@ -21,9 +23,13 @@ from hfspeech.runs.files import claim_folder, read_json, require_space, write_js
 RUN_FILE = "run.json"
 PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
 
-logger = logging.getLogger("hfspeech")
+# The checkout that this package stands in, with its recipes; None where it was installed without them.
+CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = CHECKOUT if (CHECKOUT / "recipes").is_dir() else None
 
 _NEEDED_BYTES = 50 * 2**20
+
+logger = logging.getLogger("hfspeech")
 
 
 def open_run(train_args):
@@ -56,13 +62,12 @@ def _claim_run(train_args):
     output_dir = Path(train_args.output_dir)
     claim_folder(output_dir)
     require_space(output_dir, _NEEDED_BYTES)
-    record = {"arguments": train_args.run_arguments, "environment": environment()}
-    record = json.loads(json.dumps(record))
+    record = json.loads(json.dumps(what_is_run(train_args)))
     file = output_dir / RUN_FILE
     if train_args.push_to_hub:
         require_push_allowed(train_args)
     if file.exists():
-        there, here = _identity(_read_record(file)), _identity(record)
+        there, here = _identity(read_record(file)), _identity(record)
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differing:
             shown = ", ".join(f"{n} {there.get(n)!r} there, {here.get(n)!r} here" for n in differing[:3])
@@ -114,10 +119,30 @@ def default_repo_name(run_dir):
     return Path(run_dir).resolve().name
 
 
-def _read_record(file):
+def what_is_run(train_args):
+    """Returns what a record says of a run before anything is known of its data and results.
+
+    Returns:
+        dict: `recipe` (the path of its run.py in this checkout, or None), `arguments` and `sources` (each setting, and
+        where it comes from; see `hfspeech.arguments.parse`), and `environment`.
+    """
+    return {
+        "recipe": _recipe(),
+        "arguments": train_args.run_arguments,
+        "sources": train_args.run_sources,
+        "environment": environment(),
+    }
+
+
+def read_record(file):
+    """Reads the record of a run.
+
+    Raises:
+        UserError: the file is damaged, or something else.
+    """
     record = read_json(file)
     if not isinstance(record, dict) or not {"arguments", "environment"} <= record.keys():
-        raise UserError(f"{file} is not the record of a run: choose another --output_dir.")
+        raise UserError(f"{file} is not the record of a run: choose another folder, or delete it.")
     return record
 
 
@@ -128,17 +153,29 @@ def _identity(record):
 
 
 def environment():
-    """Returns what a result depends on besides its arguments: date, commit, command, hardware and versions."""
+    """Returns what a result depends on besides its arguments, as a dict.
+
+    Returns:
+        `date` (UTC), `commit` (40 hexadecimal digits) and `dirty` (whether the checkout differs from it; both None where
+        the package stands in no checkout; records from before `dirty` have a `+` at the end of the commit instead),
+        `command`, `hardware` (`cpu`, `cores`, `memory_bytes`, `gpus`), `processes` and `versions`.
+    """
     import torch
 
     versions = {"python": platform.python_version(), "hfspeech": _version("hfspeech")}
     versions |= {name: _version(name) for name in PACKAGES}
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    commit, dirty = _commit()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _commit(),
+        "commit": commit,
+        "dirty": dirty,
         "command": command(),
-        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus},
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": psutil.virtual_memory().total,
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": versions,
     }
@@ -165,16 +202,23 @@ def _version(name):
 
 
 def _commit():
-    """Returns the commit of the checkout that this package stands in (with `+` if it is changed), or None."""
+    """Returns the commit of the checkout that this package stands in, and whether the checkout differs from it."""
     here = Path(__file__).parent
     try:
-        commit = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
             capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip()
+        return None, None
+    return described.removesuffix("+"), described.endswith("+")
+
+
+def _recipe():
+    script = Path(sys.argv[0]).resolve()
+    if CHECKOUT and script.name == "run.py" and script.is_relative_to(CHECKOUT / "recipes"):
+        return script.relative_to(CHECKOUT).as_posix()
+    return None
 
 
 def _cpu():

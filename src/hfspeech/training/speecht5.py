@@ -9,7 +9,7 @@ import torch
 from hfspeech import audio
 from hfspeech.batching import LongestFirstSampler
 from hfspeech.modeling.speech_generation import generate_spectrograms
-from hfspeech.models.loading import base_of
+from hfspeech.models.loading import base_of, identify
 from hfspeech.models.speecht5 import save_synthesis
 from hfspeech.runs import SAMPLES_FOLDER
 from hfspeech.training.trainer import SpeechTrainer
@@ -144,6 +144,14 @@ class SpeechT5Trainer(SpeechTrainer):
         tokenizer = self.processing_class.tokenizer
         tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0][batch["attention_mask"][0] == 1])
         draw_speech(folder / f"0_{when}.png", spoken[0], tokens, f"{texts[0]}, {when} training")
+
+    def other_models(self):
+        listener, encoder = (getattr(self.compute_metrics, name, None) for name in ("recognise", "embed"))
+        return {
+            role: identify(model.name, commit=model.hub_commit)
+            for role, model in (("vocoder", self.vocoder), ("speaker_encoder", encoder), ("asr_model", listener))
+            if hasattr(model, "hub_commit")
+        }
 
     def save_beside(self, folder):
         """Writes what it takes to speak with the model, besides its weights."""

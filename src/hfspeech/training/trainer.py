@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate.utils import gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
@@ -16,19 +17,20 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
 
 from hfspeech.batching import LengthBatchSampler
+from hfspeech.data.fingerprint import other_rows
 from hfspeech.errors import Interrupted, UserError
 from hfspeech.hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
-from hfspeech.models.loading import base_of, is_quantized
+from hfspeech.models.loading import base_of, identify, is_quantized
 from hfspeech.runs import (
     PROGRESS_FILE,
     RUN_FILE,
-    environment,
     is_whole_checkpoint,
     last_checkpoint,
     peak_rss_bytes,
     read_json,
     remove_half_written,
     require_space,
+    what_is_run,
     write_json,
     write_jsonl,
     writing,
@@ -125,6 +127,9 @@ class SpeechTrainer(Seq2SeqTrainer):
         self._bad_audio, self._left_out = {}, {}
         self._evaluation_seconds = 0.0
         self._stage = "train"
+        self._launched = psutil.Process().create_time()
+        self._earlier_s = self.results.get("timings", {}).get("total", 0.0)  # of the launches before this one
+        self._spent("load", self._launched)
         for choice in args.choices:
             logger.info(choice)
 
@@ -279,8 +284,11 @@ class SpeechTrainer(Seq2SeqTrainer):
             speech: what `load_speech` returned.
         """
         self._require_same_data(speech)
-        if when == "before" and not self.args.eval_on_start:
-            return
+        started = time.time()
+        if when == "before":
+            self.write_record(speech)  # what the run is made of, should it not come to its first result
+            if not self.args.eval_on_start:
+                return
         for split in ("test", "retention"):
             place = self.results if split == "test" else self.results.setdefault("retention", {})
             if split not in speech or (when == "before" and when in place):
@@ -297,6 +305,7 @@ class SpeechTrainer(Seq2SeqTrainer):
                 entry[when] = row["prediction"]
                 told = {*known, "prediction", "is_unfinished"}
                 entry |= {f"{when}_{name}": value for name, value in row.items() if name not in told}
+            started = self._spent(when, started)
             self.write_record(speech)
 
     def measure_further(self, when, split, dataset, score):
@@ -311,11 +320,14 @@ class SpeechTrainer(Seq2SeqTrainer):
         if not earlier:
             return
         now = {split: len(rows) if has_length(rows) else None for split, rows in speech.items()}
-        changed = [split for split, count in now.items() if earlier.get(split, count) != count]
-        if changed or earlier["account"]["datasets"] != account["datasets"]:
-            what = (
-                f"{changed[0]} had {earlier[changed[0]]} rows, now {now[changed[0]]}" if changed else "another commit"
-            )
+        counts = [split for split, count in now.items() if earlier.get(split, count) != count]
+        others = other_rows(earlier["account"], account)
+        if counts or others or earlier["account"]["datasets"] != account["datasets"]:
+            what = "another commit"
+            if counts:
+                what = f"{counts[0]} had {earlier[counts[0]]} rows, now {now[counts[0]]}"
+            elif others:
+                what = f"other rows in {others[0]}"
             raise UserError(
                 f"The data of {self.args.output_dir} has changed since that run began ({what}): choose another "
                 "--output_dir."
@@ -339,20 +351,37 @@ class SpeechTrainer(Seq2SeqTrainer):
             "bad_audio": {stage: {"count": len(s), "examples": list(s)[:3]} for stage, s in bad_audio.items()},
         }
         self.results["choices"] = self.args.choices
-        settings = self.args.run_arguments
-        self.results["model"] = {
-            "name_or_path": settings.get("model_name_or_path") or settings.get("config_name"),
-            "revision": settings.get("model_revision"),
-            "commit": base_of(self.model).hub_commit,  # what the revision stood for on the Hub; None locally
-        }
-        self.results["environment"] = environment()
-        self.results["arguments"] = self.args.run_arguments
+        if self.args.process_index == 0:
+            self.results |= self._identities
+        self.results |= what_is_run(self.args)
         self._write_record()
         if self.args.process_index == 0:
             write_jsonl(self.record_file.with_name(PREDICTIONS_FILE), self.predictions.values())
 
+    @functools.cached_property
+    def _identities(self):
+        settings = self.args.run_arguments
+        name = settings.get("model_name_or_path") or settings.get("config_name")
+        model = identify(name, settings.get("model_revision"), base_of(self.model).hub_commit)
+        return {"model": model, "models": self.other_models()}
+
+    def other_models(self):
+        """Returns role → what `identify` says, of each model that takes part besides the trained one."""
+        return {}
+
+    def _spent(self, on, since):
+        """Adds the seconds since a time to those that the launches of this run spent on something; returns now."""
+        timings, now = self.results.setdefault("timings", {}), time.time()
+        timings[on] = timings.get(on, 0.0) + now - since
+        return now
+
     def _write_record(self):
         if self.args.process_index == 0:
+            chosen = {"bf16": self.args.bf16, "fp16": self.args.fp16}
+            if self.args.max_batch_seconds == "auto" and self.max_batch_seconds:
+                chosen["max_batch_seconds"] = self.max_batch_seconds
+            self.results["chosen"] = chosen  # where the arguments left it to the machine
+            self.results["timings"]["total"] = self._earlier_s + time.time() - self._launched
             write_json(self.record_file, self.results)
 
     # Training
@@ -468,6 +497,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             "peak_rss_bytes": peak_rss_bytes(),
             "log": [entry for entry in self.state.log_history if "loss" in entry or "eval_loss" in entry],
         }
+        self.results["timings"] |= {"train": progress["seconds"], "evaluations": progress.get("evaluation_seconds")}
         self._write_record()
 
     def _stop_is_asked(self):
@@ -478,10 +508,11 @@ class SpeechTrainer(Seq2SeqTrainer):
         return self.stop_request.received
 
     def _progress_now(self):
-        """Returns the seconds spent training (evaluation left out) and the audio seen by all processes, so far."""
+        """Returns the seconds spent training, those spent evaluating meanwhile, and the audio seen by all processes."""
         audio = torch.tensor(self._progress["audio_seconds"], dtype=torch.float64, device=self.args.device)
         return {
             "seconds": self._progress["seconds"] + time.time() - self._started - self._evaluation_seconds,
+            "evaluation_seconds": self._progress.get("evaluation_seconds", 0.0) + self._evaluation_seconds,
             "audio_seconds": self.accelerator.reduce(audio, "sum").item(),
             "max_batch_seconds": self.max_batch_seconds,
         }
