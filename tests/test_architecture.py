@@ -17,7 +17,7 @@ LEVELS = {
     "augment": 2, "data": 2, "metrics": 2, "models": 2, "runs": 2,
     "batching": 3, "voices": 3,
     "inference": 4, "training": 4, "publish": 4, "synthesis": 4,
-    "preflight": 5,
+    "comparison": 5, "preflight": 5, "reproduction": 5,
     "cli": 6,
 }  # fmt: skip
 

@@ -94,6 +94,35 @@ def _build_parser():
     )
     evaluate.add_argument("--output", type=Path, help="JSON file for the result; the predictions go beside it")
 
+    compare = commands.add_parser(
+        "compare",
+        help="say what differs between runs, and whether it is more than chance",
+        description="Shows the settings and figures that differ, and tests the difference on the rows that both have.",
+        allow_abbrev=False,
+    )
+    compare.add_argument(
+        "first", metavar="RUN", help="output folder of a run, or its record: what the others are held against"
+    )
+    compare.add_argument("others", metavar="RUN", nargs="+", help="the other runs")
+    compare.add_argument("--metric", default="wer", choices=["wer", "cer"], help="rate to test (default: wer)")
+    compare.add_argument("--output", type=Path, help="JSON file for the comparison")
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="run what a record says once more, and compare",
+        description="Launches a recorded run again, with its settings and revisions. Exit code 0 if its figure falls "
+        "within the recorded interval, 1 if not.",
+        allow_abbrev=False,
+    )
+    reproduce.add_argument(
+        "run", metavar="RUN", help="output folder or Hub id of a run, its record, or recipes/NAME for a recipe's demo"
+    )
+    reproduce.add_argument("--output_dir", type=Path, help="folder of the new run (default: RUN_reproduced)")
+    reproduce.add_argument("--dataset_name", nargs="+", help="where the data lie by now")
+    reproduce.add_argument("--retention_dataset_name", help="where the data of the old condition lie by now")
+    reproduce.add_argument("--model_name_or_path", help="where the model lies by now")
+    reproduce.add_argument("--dry_run", action="store_true", help="only show what differs, and what would be run")
+
     transcribe = commands.add_parser(
         "transcribe",
         help="write down what recordings say",

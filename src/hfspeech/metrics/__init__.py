@@ -17,6 +17,7 @@ from hfspeech.metrics.transcripts import (
     TranscriptScore,
     WordErrorRate,
     paired_difference,
+    paired_ratios,
     score,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "mel_cepstra",
     "mel_cepstral_distortion",
     "paired_difference",
+    "paired_ratios",
     "repeated_and_skipped",
     "score",
     "stop_health",

@@ -192,42 +192,65 @@ def paired_difference(
     num_resamples=1000,
     seed=0,
     confidence=0.95,
+    metric="wer",
 ) -> dict:
-    """Says whether system A makes fewer word errors than system B on the same rows.
+    """Says whether system A makes fewer errors than system B on the same rows.
 
     Both systems are measured on the same resamples, so what makes a row hard for both cancels out; that finds
-    differences which two overlapping intervals hide. Arguments as in `score`.
+    differences which two overlapping intervals hide. Whole speakers are drawn where `score` would draw them.
+
+    Args:
+        predictions_a, predictions_b: what the systems recognised, one text for each row.
+        metric: `wer` or `cer`.
+        references, speakers, normalizer, num_resamples, seed, confidence: as in `score`.
 
     Returns:
-        `difference` (WER of A minus WER of B, a fraction: negative means A is better), `low` and `high` (its
-        interval), `p_a_better` (share of resamples in which A has the lower rate, ties counted half), `interval`.
+        - `difference`: rate of A minus rate of B, a fraction: negative means A is better; `low` and `high`: its interval;
+        - `p_value`: two-sided. Twice the smaller of (1 + resamples where the difference is not above 0) and (1 +
+          those where it is not below 0), over 1 + all resamples, and 1 at most: the interval of that confidence would
+          just touch 0. The 1 counts the test itself among the resamples, so that no p-value is 0. Like the interval it
+          is somewhat too small below 20 speakers (`docs/metrics.md`);
+        - `p_a_better`: share of resamples in which A has the lower rate, ties counted half; `interval` as in `score`.
 
     Raises:
         UserError: as `score`.
 
-    Source: Bisani and Ney 2004, where `p_a_better` is called the probability of improvement.
+    Sources: Bisani and Ney 2004, where `p_a_better` is called the probability of improvement; the 1 in the p-value:
+    Davison and Hinkley 1997, "Bootstrap methods and their application", section 4.2.
     """
     _check(predictions_a, references, predictions_b=predictions_b, speakers=speakers)
     _check(predictions_b, references)
     _check_resampling(num_resamples, confidence)
     clean, _ = _resolve(normalizer)
+    process = {"wer": jiwer.process_words, "cer": jiwer.process_characters}[metric]
     a, b = (
-        _align(jiwer.process_words, _apply(clean, predictions), _apply(clean, references))
+        _align(process, _apply(clean, predictions), _apply(clean, references))
         for predictions in (predictions_a, predictions_b)
     )
     _check_references(a)
-
     counts = np.hstack([_errors_and_lengths(a), _errors_and_lengths(b)])
+    return paired_ratios(counts, speakers, num_resamples, seed, confidence)
+
+
+def paired_ratios(counts, speakers=None, num_resamples=1000, seed=0, confidence=0.95):
+    """Compares two ratios of sums over the same rows; `paired_difference` has the result and the test.
+
+    Args:
+        counts: numbers of shape (rows, 4): numerator and denominator of A, and of B. For two means the denominators are 1.
+        speakers, num_resamples, seed, confidence: as in `score`.
+    """
     units, interval = _resampling_units(counts, speakers)
-    total = counts.sum(axis=0)
     drawn = _resample(units, num_resamples, seed)
-    drawn = drawn[drawn[:, 1] > 0]
-    difference = (drawn[:, 0] - drawn[:, 2]) / drawn[:, 1]
+    drawn = drawn[(drawn[:, 1] > 0) & (drawn[:, 3] > 0)]
+    difference = drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3]
+    total = counts.sum(axis=0)
     low, high = _bounds(difference, confidence)
+    least = min((difference <= 0).sum(), (difference >= 0).sum())
     return {
-        "difference": float((total[0] - total[2]) / total[1]),
+        "difference": float(total[0] / total[1] - total[2] / total[3]),
         "low": low,
         "high": high,
+        "p_value": min(1.0, float(2 * (1 + least) / (1 + len(difference)))),
         "p_a_better": float((difference < 0).mean() + (difference == 0).mean() / 2),
         "interval": interval,
     }

@@ -8,6 +8,7 @@ from hfspeech.runs.records import (
     command,
     default_repo_name,
     environment,
+    find_record,
     open_run,
     peak_rss_bytes,
     read_record,
@@ -15,10 +16,12 @@ from hfspeech.runs.records import (
     what_is_run,
 )
 
+PREDICTIONS_FILE = "predictions.jsonl"  # what was said of each row, before and after
 SAMPLES_FOLDER = "samples"  # speech to listen to, before and after
 
 __all__ = [
-    "CHECKOUT", "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER", "claim_folder", "command", "default_repo_name",
-    "environment", "is_whole_checkpoint", "last_checkpoint", "open_run", "peak_rss_bytes", "read_json", "read_record",
-    "remove_half_written", "require_push_allowed", "require_space", "what_is_run", "write_json", "write_jsonl", "writing",
+    "CHECKOUT", "PREDICTIONS_FILE", "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER", "claim_folder", "command",
+    "default_repo_name", "environment", "find_record", "is_whole_checkpoint", "last_checkpoint", "open_run",
+    "peak_rss_bytes", "read_json", "read_record", "remove_half_written", "require_push_allowed", "require_space",
+    "what_is_run", "write_json", "write_jsonl", "writing",
 ]  # fmt: skip

@@ -134,6 +134,21 @@ def what_is_run(train_args):
     }
 
 
+def find_record(place):
+    """Returns the path of a record: of a run's output folder, of a recipe's folder (its demo), or that file itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(place).expanduser()
+    if not path.exists() and CHECKOUT and (CHECKOUT / path).exists():  # recipes/… from another folder
+        path = CHECKOUT / path
+    found = [file for file in (path, path / RUN_FILE, path / "demo.json") if file.is_file()]
+    if not found:
+        raise UserError(f"There is no record of a run in {place}: give the output folder of a run, or its {RUN_FILE}.")
+    return found[0]
+
+
 def read_record(file):
     """Reads the record of a run.
 

@@ -22,6 +22,7 @@ from hfspeech.errors import Interrupted, UserError
 from hfspeech.hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
 from hfspeech.models.loading import base_of, identify, is_quantized
 from hfspeech.runs import (
+    PREDICTIONS_FILE,
     PROGRESS_FILE,
     RUN_FILE,
     is_whole_checkpoint,
@@ -36,7 +37,6 @@ from hfspeech.runs import (
     writing,
 )
 
-PREDICTIONS_FILE = "predictions.jsonl"
 ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
 MOST_BATCH_SECONDS = 3600.0  # a larger step is no faster on any GPU, and makes too few of them
 

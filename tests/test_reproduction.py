@@ -1,0 +1,256 @@
+"""Numbers that come out again: the same weights of the same seed, a recorded run made once more, records as arguments."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import NANO, NANO_SPEECHT5, ROOT, environment, launch
+from loopback_hub import LoopbackHub
+from test_recipes import kill_all, wait_for
+from test_training import make_trainer
+from transformers import set_seed
+
+from hfspeech.arguments import DataArguments, SpeechT5Arguments, SpeechT5TrainingArguments
+from hfspeech.batching import SpeechT5Collator
+from hfspeech.cli import main
+from hfspeech.data import load_speech
+from hfspeech.errors import UserError
+from hfspeech.models.speecht5 import load_speecht5
+from hfspeech.models.vocoders import load_vocoder
+from hfspeech.reproduction import differences_of_material, environment_text, reproduce, settings_of
+from hfspeech.training.speecht5 import SpeechT5Trainer
+from hfspeech.voices import find_voices, load_speaker_encoder
+
+SHORT = ["--max_steps", 6, "--eval_steps", 2, "--save_steps", 2, "--per_device_train_batch_size", 4]
+LORA = ROOT / "recipes/whisper_lora/run.py"
+DEMO = json.loads((ROOT / "recipes/whisper_lora/demo.json").read_text())
+
+
+# Same seed, same machine, same weights
+
+
+def test_whisper_learns_the_same_bits_twice(few_digits, tmp_path):
+    """Full fine-tuning with SpecAugment, speeds drawn at random and rows decoded in another process."""
+    for name in ("one", "two"):
+        trainer = make_trainer(
+            few_digits, tmp_path / name, lora=False, speeds=[0.9, 1.0, 1.1], dataloader_num_workers=1,
+            model_changes={"apply_spec_augment": True, "dropout": 0.1},
+        )  # fmt: skip
+        trainer.train_or_resume()
+        trainer.save_model()
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two != (NANO / "model.safetensors").read_bytes()
+
+
+def test_speecht5_learns_the_same_bits_twice(short_voice, tmp_path):
+    model_args = SpeechT5Arguments(model_name_or_path=str(NANO_SPEECHT5), speaker_encoder="mel_statistics")
+    for name in ("one", "two"):
+        args = SpeechT5TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=3, per_device_train_batch_size=4, dataloader_num_workers=1,
+            eval_strategy="no", eval_on_start=False, save_strategy="no", report_to=["none"],
+        )  # fmt: skip
+        set_seed(args.seed)
+        model, processor, front_end = load_speecht5(model_args)
+        speech = load_speech(DataArguments(dataset_name=[str(short_voice)]), processor, args.seed, 200, front_end)
+        voices = find_voices(speech, model_args, load_speaker_encoder("mel_statistics"))
+        trainer = SpeechT5Trainer(
+            model, args, speech["train"], speech["validation"],
+            SpeechT5Collator(processor, front_end, voices, model.config), None, processor, load_vocoder("griffin_lim"),
+        )  # fmt: skip
+        trainer.train_or_resume()
+        trainer.save_model()
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two != (NANO_SPEECHT5 / "model.safetensors").read_bytes()
+
+
+# A recorded run once more
+
+
+@pytest.fixture(scope="module")
+def finished(few_digits, tmp_path_factory):
+    """The output folder of a short LoRA run, augmented as the demo is."""
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    launch("whisper_lora", *SHORT, "--max_test_samples", 8, data=few_digits, output_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reproduced(finished):
+    """The finished process of a reproduction that was killed on its way and started again by the same command."""
+    command = [sys.executable, "-m", "hfspeech.cli", "reproduce", str(finished)]
+    folder = finished.with_name("run_reproduced")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(folder / "checkpoint-2/trainer_state.json", process)
+    kill_all(process)
+    return subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300)
+
+
+def test_a_reproduction_has_the_same_bits(finished, reproduced):
+    assert reproduced.returncode == 0, reproduced.stderr[-3000:]
+    assert "Reproduced: every figure is equal to the digit." in reproduced.stdout
+    assert "The environment is that of the record." in reproduced.stdout
+    new = finished.with_name("run_reproduced")
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (finished, new)]
+    assert weights[0] == weights[1]
+    old, now = (json.loads((folder / "run.json").read_text()) for folder in (finished, new))
+    assert old["after"] == now["after"] and old["recipe"] == now["recipe"] == "recipes/whisper_lora/run.py"
+    assert now["sources"]["max_steps"] == str(new / "args.yaml")
+    assert now["timings"]["total"] > sum(now["timings"][name] for name in ("load", "before", "train"))
+
+
+def test_an_altered_record_is_not_reproduced(finished, reproduced, tmp_path, capfd):
+    record = json.loads((finished / "run.json").read_text())
+    record["after"] |= {"wer": 0.0, "wer_low": 0.0, "wer_high": 0.0001}
+    record["rows"]["account"]["splits"]["test"]["fingerprint"] = "sha256:other"
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    output_dir = finished.with_name("run_reproduced")  # it is finished, so it is only measured again
+    assert main(["reproduce", str(tmp_path / "record.json"), "--output_dir", str(output_dir)]) == 1
+    printed = capfd.readouterr().out
+    assert "Not reproduced: test: WER is outside the interval." in printed
+    assert "The test rows are not those of the record." in printed
+    assert "test: CER" in printed and "equal to the digit" in printed
+
+
+def test_a_run_fetched_from_the_hub(finished, tmp_path):
+    target = tmp_path / "hub/models/acme/run"
+    target.mkdir(parents=True)
+    shutil.copy(finished / "run.json", target)
+    (tmp_path / "hub/models/acme/bare").mkdir()
+    (tmp_path / "hub/models/acme/bare/config.json").write_text("{}")
+    with LoopbackHub(tmp_path / "hub") as hub:
+        env = {**hub.env(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        code = "from hfspeech.cli import main; print('code', main(['reproduce', 'acme/run', '--dry_run']))"
+        code += "\nmain(['reproduce', 'acme/bare', '--dry_run'])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert "code 0" in done.stdout and "max_steps: 6" in done.stdout and "recipes/whisper_lora/run.py" in done.stdout
+    assert done.returncode == 2 and "acme/bare on the Hub holds no run.json" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/demo.json")), ids=lambda path: path.parent.name)
+def test_each_committed_demo_can_be_run_again(path, monkeypatch, tmp_path, capsys):
+    """Its settings are those of the demo's arguments file, wherever one stands, and nothing is written by a dry run."""
+    monkeypatch.chdir(tmp_path)
+    assert reproduce(f"recipes/{path.parent.name}", dry_run=True) == 0
+    printed = capsys.readouterr().out
+    settings = yaml.safe_load(printed[printed.index("# What") : printed.index("\n\n", printed.index("# What"))])
+    demo = yaml.safe_load(path.with_name("demo.yaml").read_text())
+    for name in demo.keys() - {"output_dir"}:
+        value = settings.get(name, json.loads(path.read_text())["arguments"][name])
+        asked = [demo[name]] if isinstance(value, list) and not isinstance(demo[name], list) else demo[name]
+        assert str(value) == str(asked) or float(value) == float(asked), name
+    assert list(tmp_path.iterdir()) == []
+
+
+# Settings of a record
+
+
+def record_of(**changes):
+    record = copy.deepcopy(DEMO)
+    record["arguments"] |= changes
+    return record
+
+
+def test_revisions_are_pinned_to_the_commits_of_the_record():
+    record = record_of(
+        dataset_name=["me/a", "folder"], dataset_revision=["main"], retention_dataset_name="me/old",
+        model_name_or_path="openai/whisper-small", model_revision="main",
+    )  # fmt: skip
+    record["model"]["commit"] = "1" * 40
+    record["rows"]["account"]["datasets"] = [
+        {"name": "me/a", "commit": "a" * 40}, {"name": "folder"}, {"name": "me/old", "commit": "b" * 40}
+    ]  # fmt: skip
+    settings = settings_of(record, LORA)
+    assert settings["model_revision"] == "1" * 40
+    assert settings["dataset_revision"] == ["a" * 40, "main"]
+    assert settings["retention_dataset_revision"] == "b" * 40
+
+
+def test_what_the_machine_chose_for_the_result_is_kept_and_the_rest_left_to_it():
+    record = record_of(max_batch_seconds="auto", bf16=False, dataloader_num_workers=7, push_to_hub=True, use_cpu=True)
+    record["chosen"] = {"bf16": True, "fp16": False, "max_batch_seconds": 812.5}
+    settings = settings_of(record, LORA)
+    assert settings["bf16"] is True and settings["fp16"] is False and settings["max_batch_seconds"] == 812.5
+    assert not settings.keys() & {"dataloader_num_workers", "push_to_hub", "use_cpu", "accelerator_config"}
+
+
+def test_what_is_no_longer_a_setting_is_named(caplog):
+    settings_of(record_of(frobnication=0.5), LORA)  # of a record that does not say who set it
+    assert "frobnication (0.5)" in caplog.text
+    record = record_of(frobnication=0.5)
+    record["sources"] = {"frobnication": "recipes/whisper_lora/demo.yaml"}
+    with pytest.raises(UserError, match=r"frobnication \(0.5\).*check out 526f067b27eb"):
+        settings_of(record, LORA)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"datasets": "gone/for/good"}, "gone/for/good.*--dataset_name PATH"),
+        ({"model": "my_models/gone"}, "my_models/gone.*--model_name_or_path PATH"),
+        ({"recipe": "recipes/of_old/run.py"}, "recipes/of_old/run.py, which this checkout lacks: check out 526f067b27eb"),
+        ({"command": "python -c x"}, "does not say which recipe"),
+    ],
+)
+def test_what_a_record_needs_and_is_not_here(change, message, tmp_path):
+    record = record_of()
+    if "datasets" in change:
+        record["arguments"]["dataset_name"] = [change["datasets"]]
+        record["rows"]["account"]["datasets"][0]["name"] = change["datasets"]
+    if "model" in change:
+        record["arguments"]["model_name_or_path"] = record["model"]["name_or_path"] = change["model"]
+    record["recipe"] = change.get("recipe")
+    record["environment"]["command"] = change.get("command", record["environment"]["command"])
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        reproduce(tmp_path / "record.json", dry_run=True)
+
+
+def test_data_may_lie_elsewhere_by_now(tmp_path, few_digits, monkeypatch, capsys):
+    record = record_of(dataset_name=["gone/for/good"])
+    record["rows"]["account"]["datasets"][0]["name"] = "gone/for/good"
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    monkeypatch.chdir(few_digits.parent)
+    moved = {"dataset_name": [few_digits.name], "model_name_or_path": None}
+    assert reproduce(tmp_path / "record.json", moved=moved, dry_run=True) == 0
+    assert f"- {few_digits}\n" in capsys.readouterr().out
+
+
+def test_a_run_is_not_written_over_itself(finished):
+    with pytest.raises(UserError, match="is the run itself"):
+        reproduce(finished, output_dir=finished)
+
+
+def test_more_processes_than_gpus(monkeypatch, tmp_path):
+    record = copy.deepcopy(DEMO)
+    record["environment"]["processes"] = 8
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="8 processes.*2 GPUs"):
+        reproduce(tmp_path / "record.json", dry_run=True)
+
+
+def test_environments_differ_by_name():
+    here = copy.deepcopy(DEMO["environment"])
+    assert environment_text(DEMO["environment"], here) == "The environment is that of the record."
+    here["commit"] += "+"  # as older records mark a checkout with changes
+    here["versions"]["torch"] = "9.9"
+    here["hardware"]["memory_bytes"] = 2**34  # nothing that older records knew
+    lines = environment_text(DEMO["environment"], here).splitlines()
+    assert [line.split()[0] for line in lines] == ["environment", "uncommitted", "torch"]
+
+
+def test_other_material_is_told():
+    new = copy.deepcopy(DEMO)
+    new["rows"]["account"]["splits"]["train"]["rows"] = 3
+    new["model"]["fingerprint"], old = "sha256:b", copy.deepcopy(DEMO)
+    old["model"]["fingerprint"] = "sha256:a"
+    assert differences_of_material(DEMO, DEMO) == []
+    told = differences_of_material(old, new)
+    assert any("train rows" in sentence and "3 instead of 714" in sentence for sentence in told)
+    assert any("The model has other weights" in sentence for sentence in told)
