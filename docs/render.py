@@ -13,6 +13,7 @@ from pathlib import Path
 import speed
 
 from hfspeech.publish import SPEECH_MEASURES, figure_text, percent, rate_text
+from hfspeech.publish.figures import figures, main_figure
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (\w+)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.S)
@@ -146,7 +147,26 @@ def coverage_table(name):
     return "\n".join([*lines, "", origin]) + "\n"
 
 
+def aims_table(name):
+    """Returns a Markdown table of published numbers, each beside that of the recipe's record if there is one."""
+    lines = ["| recipe | model and data | published | reached here |", "|---|---|---|---|"]
+    notes = []
+    for aim in json.loads((ROOT / name).read_text(encoding="utf-8")):
+        published, record = aim["published"], ROOT / "recipes" / aim["recipe"] / "args.json"
+        figure, reached = "no published number found", "an aim: no record yet"
+        if published:
+            figure = f"{published['figure']} ([source]({published['address']}))"
+            notes.append(f"- {aim['recipe']}: {published['of']}. Source: {published['source']}.")
+        if record.exists():
+            record = json.loads(record.read_text(encoding="utf-8"))
+            title = main_figure(record)
+            reached = f"{title} **{figure_text(*figures(record)[title])}**"
+        lines.append(f"| {aim['recipe']} | {aim['model']}; {aim['data']} | {figure} | {reached} |")
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
 MAKERS = {
+    "aims": aims_table,
     "results": results_table,
     "synthesis": synthesis_table,
     "voice": voice_table,

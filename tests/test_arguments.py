@@ -228,6 +228,17 @@ def test_the_record_holds_every_setting_and_is_plain_json(parsed):
         assert not {name for name in missing if "token" not in name}, missing
 
 
+def test_the_record_says_where_each_setting_comes_from(parsed, tmp_path):
+    file = {"learning_rate": 0.1, "seed": 3, "save_total_limit": None}
+    sources = parsed(file, "--seed", "4", "--no_eval_on_start", "--max-steps=5")[0].run_sources
+    assert sources.keys() == parsed(file)[0].run_arguments.keys()
+    of_file = {name for name, source in sources.items() if source == str(tmp_path / "args.yaml")}
+    assert of_file == {"learning_rate", "save_total_limit", *NEEDED}
+    assert [sources[name] for name in ("seed", "eval_on_start", "max_steps")] == ["command line"] * 3
+    assert sources["dataloader_num_workers"] == sources["bf16"] == "hardware" and sources["warmup_steps"] == "default"
+    assert parsed({"dataloader_num_workers": 0})[0].run_sources["dataloader_num_workers"] == str(tmp_path / "args.yaml")
+
+
 def test_a_token_is_refused_and_never_repeated(parsed):
     message = refusal(parsed, {}, "--hub_token", "hf_secretsecret")
     assert "hf auth login" in message and "secret" not in message

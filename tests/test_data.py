@@ -103,6 +103,32 @@ def test_audiofolder(tmp_path):
     assert speech.account["datasets"][0] == {"name": str(tmp_path)}
 
 
+def test_a_fingerprint_changes_with_the_rows_and_not_with_their_place(tmp_path):
+    def fingerprints(folder, **options):
+        splits = load_speech(arguments(folder, **options)).account["splits"]
+        return {name: entry["fingerprint"] for name, entry in splits.items()}
+
+    audiofolder(tmp_path / "one", speaker=lambda i: f"s{i % 2}")
+    found = fingerprints(tmp_path / "one")
+    assert len(set(found.values())) == 3 and all(value.startswith("sha256:") for value in found.values())
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert fingerprints(tmp_path / "two") == found
+    assert fingerprints(tmp_path / "two", max_test_samples=3)["test"] != found["test"]
+    metadata = tmp_path / "two/test/metadata.csv"
+    whole = metadata.read_text()
+    for old, new in (("word 2", "ward 2"), ("s1", "s9")):
+        metadata.write_text(whole.replace(old, new, 1))
+        assert fingerprints(tmp_path / "two")["test"] != found["test"]
+    metadata.write_text(whole)
+    assert fingerprints(tmp_path / "two") == found
+    recording = tmp_path / "two/test/test_1.flac"
+    content = bytearray(recording.read_bytes())
+    content[len(content) // 2] ^= 1  # of the same size and length
+    recording.write_bytes(content)
+    changed = fingerprints(tmp_path / "two")
+    assert changed["test"] != found["test"] and changed["train"] == found["train"]
+
+
 def test_one_metadata_file_splits_by_folder_or_by_column(tmp_path):
     audiofolder(tmp_path)
     rows = [{"file_name": f"{split}/{split}_{i}.flac", "text": "a"} for split, n in

@@ -16,7 +16,18 @@ from conftest import NANO
 from hfspeech import runs
 from hfspeech.arguments import LoraArguments, WhisperArguments, WhisperTrainingArguments, parse_arguments
 from hfspeech.errors import UserError
-from hfspeech.runs import RUN_FILE, environment, open_run, read_json, require_space, write_json, write_jsonl, writing
+from hfspeech.runs import (
+    RUN_FILE,
+    environment,
+    find_record,
+    open_run,
+    read_json,
+    require_space,
+    what_is_run,
+    write_json,
+    write_jsonl,
+    writing,
+)
 
 
 def arguments(output_dir, **settings):
@@ -110,6 +121,23 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     require_space(tmp_path, 2 * 2**20)
 
 
+def test_a_record_is_found_in_a_run_a_recipe_or_as_a_file(tmp_path, monkeypatch):
+    open_run(arguments(tmp_path / "run"))
+    assert find_record(tmp_path / "run") == find_record(tmp_path / "run" / RUN_FILE) == tmp_path / "run" / RUN_FILE
+    monkeypatch.chdir(tmp_path)
+    assert find_record("recipes/whisper_lora") == runs.CHECKOUT / "recipes/whisper_lora/demo.json"
+    with pytest.raises(UserError, match="no record of a run in elsewhere"):
+        find_record("elsewhere")
+
+
+def test_the_recipe_is_named_as_it_lies_in_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(runs.CHECKOUT / "recipes/speecht5_full/run.py"), "--seed", "1"])
+    open_run(arguments(tmp_path))
+    assert read_json(tmp_path / RUN_FILE)["recipe"] == "recipes/speecht5_full/run.py"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "run.py")])
+    assert what_is_run(arguments(tmp_path))["recipe"] is None
+
+
 # Environment
 
 
@@ -120,9 +148,12 @@ def test_an_environment_says_what_a_result_depends_on(monkeypatch):
     found = environment()
     assert found == json.loads(json.dumps(found))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["date"])
-    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", found["commit"])
+    assert (found["commit"], found["dirty"]) == (None, None) or (
+        re.fullmatch(r"[0-9a-f]{40}", found["commit"]) and isinstance(found["dirty"], bool)
+    )
     assert found["command"] == f"python {os.path.relpath(__file__)} --seed 1 --run_name 'two words'"
     assert found["hardware"]["cpu"] and found["hardware"]["cores"] >= 1 and isinstance(found["hardware"]["gpus"], list)
+    assert 2**28 < found["hardware"]["memory_bytes"] < 2**50
     assert found["processes"] == 1
     import transformers
 
