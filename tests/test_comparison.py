@@ -134,7 +134,9 @@ def test_measures_of_speech_are_compared_by_their_means(tmp_path):
     said = sayings(rng, 40, 0.2)
     mcd = rng.normal(5, 1, 40)
     write_run(tmp_path / "one", said, measures={"after_mcd": mcd.tolist()})
-    write_run(tmp_path / "two", said, measures={"after_mcd": [None, *(mcd[1:] - 0.5)]})  # one row could not be measured
+    write_run(
+        tmp_path / "two", said, measures={"after_mcd": [None, *(mcd[1:] - 0.5)]}
+    )  # one row could not be measured
     wer, distortion = compare([tmp_path / "one", tmp_path / "two"])["tests"]
     assert wer["difference"] == 0 and wer["p_value"] == 1
     assert distortion["measure"] == "mcd" and (distortion["rows"], distortion["left_out"]) == (39, 1)

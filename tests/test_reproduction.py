@@ -84,7 +84,9 @@ def reproduced(finished):
     """The finished process of a reproduction that was killed on its way and started again by the same command."""
     command = [sys.executable, "-m", "hfspeech.cli", "reproduce", str(finished)]
     folder = finished.with_name("run_reproduced")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_for(folder / "checkpoint-2/trainer_state.json", process)
     kill_all(process)
     return subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300)
@@ -178,6 +180,28 @@ def test_what_the_machine_chose_for_the_result_is_kept_and_the_rest_left_to_it()
     assert not settings.keys() & {"dataloader_num_workers", "push_to_hub", "use_cpu", "accelerator_config"}
 
 
+def test_a_run_without_a_gpu_is_repeated_without_one(monkeypatch):
+    assert "use_cpu" not in settings_of(DEMO, LORA)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settings_of(DEMO, LORA)["use_cpu"] is True
+
+
+def test_half_precision_needs_a_gpu(caplog):
+    assert not settings_of(record_of(fp16=True), LORA).keys() & {"fp16", "bf16"}
+    assert "fp16, which needs a GPU" in caplog.text
+
+
+def test_a_run_that_fails_says_why_and_how_to_go_on(finished, capfd):
+    output_dir = finished.with_name("occupied")
+    shutil.copytree(finished, output_dir)
+    other = json.loads((output_dir / "run.json").read_text())
+    other["arguments"]["learning_rate"] = 0.5
+    (output_dir / "run.json").write_text(json.dumps(other))
+    assert main(["reproduce", str(finished), "--output_dir", str(output_dir)]) == 2
+    stderr = capfd.readouterr().err
+    assert "holds another run (learning_rate 0.5 there, 0.001 here)" in stderr and "Traceback" not in stderr
+
+
 def test_what_is_no_longer_a_setting_is_named(caplog):
     settings_of(record_of(frobnication=0.5), LORA)  # of a record that does not say who set it
     assert "frobnication (0.5)" in caplog.text
@@ -192,7 +216,10 @@ def test_what_is_no_longer_a_setting_is_named(caplog):
     [
         ({"datasets": "gone/for/good"}, "gone/for/good.*--dataset_name PATH"),
         ({"model": "my_models/gone"}, "my_models/gone.*--model_name_or_path PATH"),
-        ({"recipe": "recipes/of_old/run.py"}, "recipes/of_old/run.py, which this checkout lacks: check out 526f067b27eb"),
+        (
+            {"recipe": "recipes/of_old/run.py"},
+            "recipes/of_old/run.py, which this checkout lacks: check out 526f067b27eb",
+        ),
         ({"command": "python -c x"}, "does not say which recipe"),
     ],
 )

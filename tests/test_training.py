@@ -626,3 +626,12 @@ def test_compiled_training_is_training(few_digits, tmp_path):
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     torch._dynamo.reset()
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_a_run_does_not_go_on_with_other_rows(few_digits, tmp_path):
+    trainer = make_trainer(few_digits, tmp_path)
+    trainer.write_record(trainer.speech)
+    trainer.measure("after", trainer.speech)
+    trainer.speech.account["splits"]["train"]["fingerprint"] = "sha256:other"  # as many, and still not the same
+    with pytest.raises(UserError, match="other rows in train.*--output_dir"):
+        trainer.measure("after", trainer.speech)

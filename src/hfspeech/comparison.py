@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +51,9 @@ def compare(places, metric="wer"):
     predictions = [_read_rows(file.with_name(PREDICTIONS_FILE)) for file in files]
     for place, rows in zip(places, predictions):
         if not rows:
-            result["notes"].append(f"{place} has no {PREDICTIONS_FILE} with what was said after training: nothing to test.")
+            result["notes"].append(
+                f"{place} has no {PREDICTIONS_FILE} with what was said after training: nothing to test."
+            )
     for letter, record, file, rows in list(zip(result["runs"], records, files, predictions))[1:]:
         if rows and predictions[0]:
             scored = {"test": record.get("after"), "retention": (record.get("retention") or {}).get("after")}
@@ -107,7 +108,9 @@ def _test(result, letter, rows, first, cleaners, metric):
             result["notes"].append(f"A and {letter} have no row of {split} in common: nothing to test.")
             continue
         if about["left_out"]:
-            result["notes"].append(f"{split}: {about['left_out']} rows that only one of A and {letter} has are left out.")
+            result["notes"].append(
+                f"{split}: {about['left_out']} rows that only one of A and {letter} has are left out."
+            )
         pairs = [(rows[key], first[key]) for key in shared]
         speakers = [row.get("speaker") for row, _ in pairs]
         texts = ([row["after"] for row in column] for column in zip(*pairs))
@@ -134,7 +137,9 @@ def as_text(result):
     names = list(result["runs"])
     parts = ["\n".join(f"{name}  {place}" for name, place in result["runs"].items())]
     settings = [(name, *map(_value_text, values)) for name, values in result["settings"].items()]
-    parts.append(aligned([("setting", *names), *settings]) if settings else "No setting differs that bears on the result.")
+    parts.append(
+        aligned([("setting", *names), *settings]) if settings else "No setting differs that bears on the result."
+    )
     if result["figures"]:
         parts.append(aligned([("figure", *names), *((title, *texts) for title, texts in result["figures"].items())]))
     if result["tests"]:

@@ -61,7 +61,8 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
     moved = {name: _absolute(value) for name, value in (moved or {}).items() if value}
     settings = settings_of(record, recipe, moved)
     folder = _folder_to_run_in(record, moved)
-    default = file.parent if file.name == RUN_FILE and Path(place).exists() else Path(record["arguments"]["output_dir"])
+    is_here = file.name == RUN_FILE and Path(place).expanduser().exists()
+    default = file.parent if is_here else Path(record["arguments"]["output_dir"])
     output_dir = Path(output_dir or default.with_name(f"{default.name}_reproduced")).expanduser().resolve()
     if (output_dir / RUN_FILE).resolve() == file.resolve():
         raise UserError(f"{output_dir} is the run itself: give the new one another --output_dir.")
@@ -69,7 +70,8 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
     command = _command(recipe, output_dir / ARGUMENTS_FILE, processes)
 
     print(environment_text(record["environment"], {**environment(), "processes": processes}))
-    text = f"# What {place} was run with, its revisions pinned.\n" + yaml.safe_dump(settings, sort_keys=False, width=1000)
+    text = f"# What {place} was run with, its revisions pinned.\n"
+    text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
     if dry_run:
         print(f"\n{text}\n{shlex.join(command)}")
         return 0
@@ -77,8 +79,10 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
     (output_dir / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
     code = _launch(command, folder, output_dir / RUN_FILE, record)
     if code:
-        logger.warning("The run did not come to its end: mend what it says, and the same command goes on.")
-        return code if code == 130 else 2
+        logger.warning(
+            "The run did not come to its end: mend what it says, if anything, and the same command goes on."
+        )
+        return code
     return _verdict(record, read_record(output_dir / RUN_FILE))
 
 
@@ -133,7 +137,8 @@ def settings_of(record, recipe, moved=None):
     """
     names = dict.fromkeys(re.findall(r"\b\w+Arguments\b", recipe.read_text(encoding="utf-8")))
     types = [getattr(arguments, name) for name in names if hasattr(arguments, name)]
-    defaults = parse_arguments({"model_name_or_path": "any", "output_dir": "any"}, [], types)[0].run_arguments
+    needed = {"model_name_or_path": "any", "output_dir": "any", "use_cpu": True}
+    defaults = parse_arguments(needed, [], types)[0].run_arguments
     recorded = {**record["arguments"], **record.get("chosen", {}), **_pinned(record), **(moved or {})}
     _require_known(record, recorded, defaults)
     settings = {}
@@ -145,6 +150,8 @@ def settings_of(record, recipe, moved=None):
         if value is not None or name in MAY_BE_NULL:
             settings[name] = value
     settings |= {name: bool(recorded.get(name)) for name in ("bf16", "fp16")}  # a machine may choose otherwise
+    if not record["environment"]["hardware"]["gpus"] and torch.cuda.is_available():
+        settings["use_cpu"] = True
     if settings["fp16"] and not torch.cuda.is_available():
         logger.warning("The record was made in fp16, which needs a GPU: without one the precision is chosen anew.")
         del settings["bf16"], settings["fp16"]
@@ -153,7 +160,8 @@ def settings_of(record, recipe, moved=None):
 
 def _require_known(record, recorded, known):
     """Names what a record sets and this version of the recipe does not know."""
-    gone = {name: value for name, value in recorded.items() if name not in known and value not in (None, False, [], "")}
+    is_set = {name: value for name, value in recorded.items() if value not in (None, False, [], "")}
+    gone = {name: value for name, value in is_set.items() if name not in known}
     sources = record.get("sources", {})
     given = [f"{name} ({value})" for name, value in gone.items() if sources.get(name, "default") != "default"]
     if given:
@@ -199,7 +207,8 @@ def _folder_to_run_in(record, moved):
     datasets = [entry["name"] for entry in _opened(record) if "commit" not in entry]
     paths = [(_setting(asked, name, "retention_dataset_name", "dataset_name"), name) for name in datasets]
     if model.get("name_or_path") and not model.get("commit"):
-        paths.append((_setting(asked, model["name_or_path"], "config_name", "model_name_or_path"), model["name_or_path"]))
+        name = model["name_or_path"]
+        paths.append((_setting(asked, name, "config_name", "model_name_or_path"), name))
     paths += [(role, one["name_or_path"]) for role, one in record.get("models", {}).items() if one.get("fingerprint")]
     paths = [(name, path) for name, path in paths if name not in moved]
     folders = Path.cwd(), CHECKOUT
@@ -231,26 +240,31 @@ def _absolute(value):
 
 
 def _command(recipe, arguments_file, processes):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*launch, *(["--multi_gpu"] if processes > 1 else []), str(recipe), str(arguments_file)]
 
 
 def _launch(command, folder, file, record):
-    """Runs a command to its end, and says at once if its data turn out to be others; returns its exit code."""
+    """Runs a command to its end, and says as soon as its record tells if it is made of something else.
+
+    Returns:
+        0, 130 after Ctrl-C, else 2.
+    """
     process = subprocess.Popen(command, cwd=folder)
-    told = False
+    is_told = is_stopped = False
     while True:
         try:
-            return process.wait(timeout=None if told else 1)
+            code = process.wait(timeout=None if is_told else 1)
+            return 0 if code == 0 else 130 if is_stopped else 2
         except subprocess.TimeoutExpired:
             new = read_json(file) if file.exists() else {}
             if "rows" in new:
-                told = True
+                is_told = True
                 for sentence in differences_of_material(record, new):
                     logger.warning(sentence)
-        except KeyboardInterrupt:  # the run has heard it, too, and saves its state
-            told = True
+        except KeyboardInterrupt:  # which the run has heard, too: it saves its state
+            is_told = is_stopped = True
 
 
 def differences_of_material(record, new):
@@ -297,7 +311,6 @@ def _verdict(record, new):
     for title, (score, name, *form) in recorded.items():
         value = found[title][0][name] if title in found else None
         verdicts[title] = _place(value, score, name)
-        low, high = score.get(f"{name}_low"), score.get(f"{name}_high")
         now = "-" if value is None else figure_text({name: value}, name, *form)
         lines.append((title, figure_text(score, name, *form), now, verdicts[title]))
     print("\n" + aligned(lines) + "\n")

@@ -37,5 +37,6 @@ def other_rows(account, another):
     return [
         name
         for name, entry in splits.items()
-        if entry.get("fingerprint") and others.get(name, {}).get("fingerprint", entry["fingerprint"]) != entry["fingerprint"]
+        if entry.get("fingerprint")
+        and others.get(name, {}).get("fingerprint", entry["fingerprint"]) != entry["fingerprint"]
     ]
