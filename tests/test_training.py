@@ -635,3 +635,17 @@ def test_a_run_does_not_go_on_with_other_rows(few_digits, tmp_path):
     trainer.speech.account["splits"]["train"]["fingerprint"] = "sha256:other"  # as many, and still not the same
     with pytest.raises(UserError, match="other rows in train.*--output_dir"):
         trainer.measure("after", trainer.speech)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_learns_the_same_bits(few_digits, tmp_path):
+    """Its `before` is known already, and drawing nothing for it would change every mask that is drawn later."""
+    for name in ("whole", "stopped"):
+        trainer = make_trainer(few_digits, tmp_path / name, model_changes={"apply_spec_augment": True})
+        trainer.measure("before", trainer.speech)
+        if name == "stopped":
+            trainer = make_trainer(few_digits, tmp_path / name, model_changes={"apply_spec_augment": True})
+            trainer.measure("before", trainer.speech)
+        trainer.train_or_resume()
+        trainer.save_model()
+    whole, stopped = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()

@@ -14,7 +14,7 @@ from . import arguments
 from .arguments import MAY_BE_NULL, NOT_IDENTITY, parse_arguments
 from .data.fingerprint import other_rows
 from .errors import UserError
-from .models.loading import loading
+from .hub import fetch_file
 from .publish import figure_text
 from .publish.figures import aligned, figures, main_figure
 from .runs import CHECKOUT, RUN_FILE, claim_folder, environment, find_record, read_json, read_record
@@ -90,17 +90,10 @@ def _find(place):
     """Returns the path of a record, fetched from the Hub if the place is an id there."""
     if Path(place).expanduser().exists() or (CHECKOUT and (CHECKOUT / place).exists()) or str(place).count("/") != 1:
         return find_record(place)
-    return _download_record(str(place))
-
-
-def _download_record(id):
-    from huggingface_hub import errors, hf_hub_download
-
-    with loading(id, kind="run"):
-        try:
-            return Path(hf_hub_download(id, RUN_FILE))
-        except errors.RemoteEntryNotFoundError:
-            raise UserError(f"{id} on the Hub holds no {RUN_FILE}: it was not published by hfspeech.") from None
+    file = fetch_file(str(place), RUN_FILE)
+    if file is None:
+        raise UserError(f"{place} on the Hub holds no {RUN_FILE}: it was not published by hfspeech.")
+    return file
 
 
 def _recipe(record, file):

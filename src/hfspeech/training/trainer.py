@@ -276,14 +276,17 @@ class SpeechTrainer(Seq2SeqTrainer):
     def measure(self, when, speech):
         """Scores the test rows, and those of the old condition, `before` or `after` training.
 
-        What is found goes into `run.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with
-        `eval_on_start` off there is none.
+        What is found goes into `run.json` and `predictions.jsonl` at once. A run that goes on from a checkpoint keeps its
+        first `before`; with `eval_on_start` off there is none.
 
         Args:
             when: `before` or `after`.
             speech: what `load_speech` returned.
         """
         self._require_same_data(speech)
+        # Without a checkpoint training begins anew, and draws what it would have drawn only after the same evaluations.
+        checkpoint = self.args.resume_from_checkpoint or last_checkpoint(self.args.output_dir)
+        goes_on = when == "before" and checkpoint is not None
         started = time.time()
         if when == "before":
             self.write_record(speech)  # what the run is made of, should it not come to its first result
@@ -291,7 +294,7 @@ class SpeechTrainer(Seq2SeqTrainer):
                 return
         for split in ("test", "retention"):
             place = self.results if split == "test" else self.results.setdefault("retention", {})
-            if split not in speech or (when == "before" and when in place):
+            if split not in speech or (goes_on and when in place):
                 continue
             logger.info("Measuring %s rows %s training", split, when)
             with self._stoppable():
@@ -405,6 +408,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             logger.info("Going on from %s", checkpoint)
             self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
             self.max_batch_seconds = self._progress.get("max_batch_seconds")
+            self._earlier_s = max(self._earlier_s, self._progress.get("total_seconds", 0.0))  # it may have been killed
         self.choose_max_batch_seconds()
         self._started, self._evaluation_seconds = time.time(), 0.0
         with self._stoppable(), writing(self.args.output_dir):
@@ -508,11 +512,12 @@ class SpeechTrainer(Seq2SeqTrainer):
         return self.stop_request.received
 
     def _progress_now(self):
-        """Returns the seconds spent training, those spent evaluating meanwhile, and the audio seen by all processes."""
+        """Returns the seconds spent so far (training, evaluating meanwhile, in all) and the audio seen by all processes."""
         audio = torch.tensor(self._progress["audio_seconds"], dtype=torch.float64, device=self.args.device)
         return {
             "seconds": self._progress["seconds"] + time.time() - self._started - self._evaluation_seconds,
             "evaluation_seconds": self._progress.get("evaluation_seconds", 0.0) + self._evaluation_seconds,
+            "total_seconds": self._earlier_s + time.time() - self._launched,
             "audio_seconds": self.accelerator.reduce(audio, "sum").item(),
             "max_batch_seconds": self.max_batch_seconds,
         }
