@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -145,6 +146,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, processes, few_digits, 
     whole, _ = uninterrupted(recipe, processes)
     resumed = json.loads((tmp_path / "run/run.json").read_text())
     expected = json.loads((whole / "run.json").read_text())
+    assert resumed["state"] == expected["state"] == "finished"
     assert resumed["train"]["steps"] == 6
     assert resumed["train"]["audio_seconds"] == pytest.approx(expected["train"]["audio_seconds"])
     assert resumed["before"] == expected["before"]
@@ -171,16 +173,18 @@ def test_the_arguments_file_serves_another_dataset(recipe, few_digits, tmp_path)
     assert json.loads((tmp_path / "run/run.json").read_text())["rows"]["test"] == 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(number, few_digits, tmp_path):
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(number, exit_code, few_digits, tmp_path):
+    """As a terminal and a cluster send it: to the dataloader's workers, too."""
     flags = [*SHORT, "--max_steps", 500, "--eval_steps", 50, "--save_steps", 50]
     command = recipe_command("whisper_lora", *flags, data=few_digits, output_dir=tmp_path / "run", launcher="python")
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
     wait_for(tmp_path / "run/checkpoint-50/trainer_state.json", process)  # it trains now
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == exit_code
+    assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "interrupted"
     assert "Traceback" not in stderr
     assert "Run the same command again to go on." in stderr
     step = int(re.search(r"Stopped at step (\d+)", stderr)[1])

@@ -43,7 +43,8 @@ def test_a_new_folder_gets_a_record(tmp_path):
     record = read_json(tmp_path / "a/b" / RUN_FILE)
     assert record["arguments"]["learning_rate"] == 1e-3
     assert record["environment"]["versions"]["torch"]
-    assert os.listdir(tmp_path / "a/b") == [RUN_FILE]
+    assert record["state"] == "running"
+    assert sorted(os.listdir(tmp_path / "a/b")) == [".lock", RUN_FILE]
 
 
 def test_the_same_run_may_come_back(tmp_path):

@@ -13,7 +13,7 @@ from hfspeech.publish.tables import (
     result_table,
     where_it_lies,
 )
-from hfspeech.runs import writing
+from hfspeech.runs import replacing_files, writing
 
 __all__ = ["SPEECH_MEASURES", "figure_text", "percent", "publish", "rate_text"]
 
@@ -30,11 +30,12 @@ def publish(trainer, speech):
     """
     output_dir = Path(trainer.args.output_dir)
     trainer.write_record(speech)
-    with writing(output_dir):
-        trainer.save_model()
+    with writing(output_dir), replacing_files(output_dir, trainer.args.should_save) as folder:
+        trainer.save_model(str(folder))
         if trainer.args.should_save:
-            base_of(trainer.model).generation_config.save_pretrained(output_dir)
-            trainer.save_beside(output_dir)
+            base_of(trainer.model).generation_config.save_pretrained(folder)
+            trainer.save_beside(folder)
+    trainer.finish_record()
     if trainer.is_world_process_zero():
         print(result_table(trainer.results))
         print(example_lines(trainer.predictions.values()))

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import logging
@@ -16,9 +17,9 @@ from pathlib import Path
 import psutil
 
 from hfspeech.arguments import NOT_IDENTITY
-from hfspeech.errors import UserError
+from hfspeech.errors import EXIT_CODES, UserError, end_listeners
 from hfspeech.hub import PushFailed, require_write_access
-from hfspeech.runs.files import claim_folder, read_json, require_space, write_json
+from hfspeech.runs.files import claim_folder, lock_folder, read_json, require_space, write_json
 
 RUN_FILE = "run.json"
 PACKAGES = ["torch", "torchaudio", "transformers", "datasets", "accelerate", "peft", "evaluate", "jiwer"]
@@ -37,10 +38,12 @@ def open_run(train_args):
 
     Two launches are the same run if their settings agree in everything that bears on the result. Only the first
     process looks and writes, and the others end with it. If the result is to be pushed, it also sees that it may be.
+    The record's `state` is `running` from here on; `publish` makes it `finished`, a signal `interrupted`, a fault
+    `failed`. What is killed outright stays `running`.
 
     Raises:
-        UserError: the folder holds another run, or something else; it cannot be written; its disk is full; the Hub
-            would not take the result.
+        UserError: the folder holds another run, or something else; another launch uses it; it cannot be written; its
+            disk is full; the Hub would not take the result.
     """
     fault = None
     if train_args.process_index == 0:
@@ -62,12 +65,14 @@ def _claim_run(train_args):
     output_dir = Path(train_args.output_dir)
     claim_folder(output_dir)
     require_space(output_dir, _NEEDED_BYTES)
+    lock_folder(output_dir)
     record = json.loads(json.dumps(what_is_run(train_args)))
     file = output_dir / RUN_FILE
     if train_args.push_to_hub:
         require_push_allowed(train_args)
     if file.exists():
-        there, here = _identity(read_record(file)), _identity(record)
+        earlier = read_record(file)
+        there, here = _identity(earlier), _identity(record)
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differing:
             shown = ", ".join(f"{n} {there.get(n)!r} there, {here.get(n)!r} here" for n in differing[:3])
@@ -75,13 +80,21 @@ def _claim_run(train_args):
             raise UserError(
                 f"{output_dir} holds another run ({shown}{more}): choose another --output_dir, or delete that folder."
             )
-        return
-    foreign = [path.name for path in output_dir.iterdir() if path.name.startswith("checkpoint-")]
-    if foreign:
+        record = earlier
+    elif foreign := [path.name for path in output_dir.iterdir() if path.name.startswith("checkpoint-")]:
         raise UserError(
             f"{output_dir} holds {foreign[0]} of a run that has no {RUN_FILE}: choose another --output_dir."
         )
-    write_json(file, record)
+    write_json(file, record | {"state": "running"})
+    end_listeners.append(functools.partial(_note_end, file))
+
+
+def _note_end(file, exit_code):
+    """Writes into the record how a launch ended that did not finish."""
+    if exit_code:
+        with contextlib.suppress(UserError, OSError):  # the disk may be full, or the folder gone
+            state = "interrupted" if exit_code in EXIT_CODES.values() else "failed"
+            write_json(file, read_json(file) | {"state": state})
 
 
 def require_push_allowed(train_args):

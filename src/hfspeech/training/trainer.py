@@ -5,26 +5,37 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import gather, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    IntervalStrategy,
+    has_length,
+    rotate_checkpoints,
+    seed_worker,
+    set_seed,
+)
 
 from hfspeech.batching import LengthBatchSampler
 from hfspeech.data.fingerprint import other_rows
-from hfspeech.errors import Interrupted, UserError
+from hfspeech.errors import EXIT_CODES, Interrupted, UserError
 from hfspeech.hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
 from hfspeech.models.loading import base_of, identify, is_quantized
 from hfspeech.runs import (
+    PART_FOLDER,
     PREDICTIONS_FILE,
     PROGRESS_FILE,
     RUN_FILE,
+    finish_checkpoint,
     is_whole_checkpoint,
     last_checkpoint,
     peak_rss_bytes,
@@ -39,6 +50,7 @@ from hfspeech.runs import (
 
 ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
 MOST_BATCH_SECONDS = 3600.0  # a larger step is no faster on any GPU, and makes too few of them
+ECHO_S = 5.0  # a cluster signals all processes, and their launcher hands on to them what it got itself
 
 logger = logging.getLogger("hfspeech")
 
@@ -113,10 +125,8 @@ class SpeechTrainer(Seq2SeqTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                # An evaluation before training would else be logged into the working directory.
-                callback.logging_dir = str(Path(args.output_dir) / "runs")
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(_Curves(args.output_dir))
         if self.pop_callback(ProgressCallback):
             self.add_callback(_ProgressLines)
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
@@ -124,6 +134,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.results = read_json(self.record_file) if self.record_file.exists() else {}
         self.predictions = _read_predictions(Path(args.output_dir) / PREDICTIONS_FILE)
         self._progress = {"seconds": 0.0, "audio_seconds": 0.0}
+        self._evaluation_is_due, self._stops, self._place_of_checkpoints = False, False, None
         self._bad_audio, self._left_out = {}, {}
         self._evaluation_seconds = 0.0
         self._stage = "train"
@@ -174,7 +185,9 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def get_train_dataloader(self):
         if not has_length(self.train_dataset):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            loader.worker_init_fn = _begin_worker
+            return loader
         self.train_sampler = self.train_batch_sampler(self.train_dataset)
         return self._dataloader(self.train_dataset, self.train_sampler)
 
@@ -204,7 +217,9 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def _dataloader(self, dataset, batch_sampler):
         args = self.args
-        worker_init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        worker_init = functools.partial(
+            _begin_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
         loader = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=batch_sampler,
@@ -223,30 +238,43 @@ class SpeechTrainer(Seq2SeqTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Measures each batch, and scores each row once."""
-        started, self._stage = time.time(), metric_key_prefix
+        started, self._stage = time.monotonic(), metric_key_prefix
         try:
-            score, rows = self._score(dataloader)
+            # Training goes on with the same random numbers, whether a launch has come by this evaluation or not.
+            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+                score, rows = self._score(dataloader)
         finally:
             self._stage = "train"
-        self._evaluation_seconds += time.time() - started
+        self._evaluation_seconds += time.monotonic() - started
         self.last_evaluation = score, rows
         metrics = {f"{metric_key_prefix}_{name}": score[name] for name in self.logged if score.get(name) is not None}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """Evaluates while training; at the start of a launch, what an earlier one had to leave out when it was stopped."""
+        is_late = skip_scheduler and self.state.global_step > 0
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not is_late)
+        if is_late:
+            self._determine_best_metric(metrics, trial)
+        self._evaluation_is_due = False
+        return metrics
 
     def _score(self, dataloader):
         """Returns the score of a dataloader's rows, with their loss, and the rows with what was found of each."""
         model = self.accelerator.unwrap_model(self.model).eval()
         self.callback_handler.eval_dataloader = dataloader  # for the length of the progress bar
         found = []
-        for batch in dataloader:
+        # Processes may have one batch more or less than one another, and can agree to stop only where all have one.
+        num_common = len(self.eval_batch_sampler(dataloader.dataset)) // self.args.world_size
+        for number, batch in enumerate(dataloader):
+            if number < num_common and self._stop_is_asked():
+                raise KeyboardInterrupt
             self._account(batch)
             if not batch["index"]:  # no good row; training has to take its step even so
                 continue
             with torch.no_grad(), self.accelerator.autocast():
                 found += zip(batch["index"], *self.measure_batch(model, batch))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            if self.stop_request.received and self.args.world_size == 1:
-                raise KeyboardInterrupt
         # The index keeps one of each row, should two processes have had it.
         by_index = {index: rest for index, *rest in gather_object(found)}
         rows = [{**dataloader.dataset.record(index), **row} for index, (row, _, _) in sorted(by_index.items())]
@@ -276,17 +304,14 @@ class SpeechTrainer(Seq2SeqTrainer):
     def measure(self, when, speech):
         """Scores the test rows, and those of the old condition, `before` or `after` training.
 
-        What is found goes into `run.json` and `predictions.jsonl` at once. A run that goes on from a checkpoint keeps its
-        first `before`; with `eval_on_start` off there is none.
+        What is found goes into `run.json` and `predictions.jsonl` at once. A resumed run keeps its first `before`; with
+        `eval_on_start` off there is none.
 
         Args:
             when: `before` or `after`.
             speech: what `load_speech` returned.
         """
         self._require_same_data(speech)
-        # Without a checkpoint training begins anew, and draws what it would have drawn only after the same evaluations.
-        checkpoint = self.args.resume_from_checkpoint or last_checkpoint(self.args.output_dir)
-        goes_on = when == "before" and checkpoint is not None
         started = time.time()
         if when == "before":
             self.write_record(speech)  # what the run is made of, should it not come to its first result
@@ -294,7 +319,7 @@ class SpeechTrainer(Seq2SeqTrainer):
                 return
         for split in ("test", "retention"):
             place = self.results if split == "test" else self.results.setdefault("retention", {})
-            if split not in speech or (goes_on and when in place):
+            if split not in speech or (when == "before" and when in place):
                 continue
             logger.info("Measuring %s rows %s training", split, when)
             with self._stoppable():
@@ -338,11 +363,7 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def write_record(self, speech):
         """Writes everything known so far to `run.json` and `predictions.jsonl`, whole or not at all."""
-        bad_audio, left_out = {}, {}
-        for found_bad, found_left_out in gather_object([(self._bad_audio, self._left_out)]):
-            for target, found in ((bad_audio, found_bad), (left_out, found_left_out)):
-                for name, entries in found.items():
-                    target.setdefault(name, {}).update(entries)
+        bad_audio, left_out = self._gather_faults()
         account = json.loads(json.dumps(speech.account))
         for reason, rows in left_out.items():  # of a stream, whose rows are looked at as they come
             row, detail = next(iter(rows.items()))
@@ -351,15 +372,30 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.results["rows"] = {
             **{split: len(rows) if has_length(rows) else None for split, rows in speech.items()},
             "account": account,
-            "bad_audio": {stage: {"count": len(s), "examples": list(s)[:3]} for stage, s in bad_audio.items()},
+            "bad_audio": self.results.get("rows", {}).get("bad_audio", {})  # of what an earlier launch measured
+            | {stage: {"count": len(s), "examples": list(s)[:3]} for stage, s in bad_audio.items()},
         }
         self.results["choices"] = self.args.choices
         if self.args.process_index == 0:
             self.results |= self._identities
         self.results |= what_is_run(self.args)
-        self._write_record()
-        if self.args.process_index == 0:
+        if self.args.process_index == 0:  # the record comes last: what it says is measured is not measured again
             write_jsonl(self.record_file.with_name(PREDICTIONS_FILE), self.predictions.values())
+        self._write_record()
+
+    def finish_record(self):
+        """Says in `run.json` that nothing is left to do."""
+        self.results["state"] = "finished"
+        self._write_record()
+
+    def _gather_faults(self):
+        """Returns the rows that were unreadable, and those left out, as all processes together have met them."""
+        bad_audio, left_out = {}, {}
+        for found_bad, found_left_out in gather_object([(self._bad_audio, self._left_out)]):
+            for target, found in ((bad_audio, found_bad), (left_out, found_left_out)):
+                for name, entries in found.items():
+                    target.setdefault(name, {}).update(entries)
+        return bad_audio, left_out
 
     @functools.cached_property
     def _identities(self):
@@ -396,21 +432,27 @@ class SpeechTrainer(Seq2SeqTrainer):
             Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved and the sentence says how to go on.
             UserError: the disk is full, the GPU is too small, or the loss is no longer a number.
         """
-        checkpoint = self.args.resume_from_checkpoint or last_checkpoint(self.args.output_dir)
+        last = [last_checkpoint(self.args.output_dir) if self.args.process_index == 0 else None]
         if self.args.process_index == 0:
-            remove_half_written(self.args.output_dir)
-        if checkpoint and self._load_finished(checkpoint):
-            return
+            remove_half_written(self.args.output_dir, *last)
+        broadcast_object_list(last)
+        checkpoint = self.args.resume_from_checkpoint or last[0]
+        if checkpoint:
+            self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
+            self._bad_audio, self._left_out = self._progress["bad_audio"], self._progress["left_out"]
+            if self._load_finished(checkpoint):
+                return
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         state = sum(p.numel() for p in self.model.parameters() if p.requires_grad) * ADAM_BYTES_PER_PARAMETER
         require_space(self.args.output_dir, (weights + state) * ((self.args.save_total_limit or 2) + 1))
         if checkpoint:
             logger.info("Going on from %s", checkpoint)
-            self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
             self.max_batch_seconds = self._progress.get("max_batch_seconds")
             self._earlier_s = max(self._earlier_s, self._progress.get("total_seconds", 0.0))  # it may have been killed
+            self.args.eval_on_start = self._evaluation_is_due = self._progress["evaluation_is_due"]
         self.choose_max_batch_seconds()
-        self._started, self._evaluation_seconds = time.time(), 0.0
+        set_seed(self.args.seed)  # a launch that finds the model measured has drawn fewer random numbers so far
+        self._started, self._evaluation_seconds = time.monotonic(), 0.0
         with self._stoppable(), writing(self.args.output_dir):
             try:
                 self.train(resume_from_checkpoint=checkpoint)
@@ -419,10 +461,11 @@ class SpeechTrainer(Seq2SeqTrainer):
                     f"The GPU ran out of memory at step {self.state.global_step}: halve --per_device_train_batch_size "
                     "and double --gradient_accumulation_steps."
                 ) from None
-        if self.stop_request.received:
+        if self._stops:
             raise Interrupted(
                 f"Stopped at step {self.state.global_step} of {self.state.max_steps}; checkpoint-{self.state.global_step} "
-                f"is saved in {self.args.output_dir}. Run the same command again to go on."
+                f"is saved in {self.args.output_dir}. Run the same command again to go on.",
+                self.stop_request.received,
             )
         self._record_training(self._progress_now())
 
@@ -507,15 +550,15 @@ class SpeechTrainer(Seq2SeqTrainer):
     def _stop_is_asked(self):
         """Tells whether a signal has come; under several processes it may have reached them at different steps."""
         if self.args.world_size > 1:
-            stop = torch.tensor([float(self.stop_request.received)], device=self.args.device)
-            self.stop_request.received = gather(stop).max().item() > 0
-        return self.stop_request.received
+            stop = torch.tensor([self.stop_request.received], device=self.args.device)
+            self.stop_request.note(gather(stop).max().item())
+        return self.stop_request.received > 0
 
     def _progress_now(self):
         """Returns the seconds spent so far (training, evaluating meanwhile, in all) and the audio seen by all processes."""
         audio = torch.tensor(self._progress["audio_seconds"], dtype=torch.float64, device=self.args.device)
         return {
-            "seconds": self._progress["seconds"] + time.time() - self._started - self._evaluation_seconds,
+            "seconds": self._progress["seconds"] + time.monotonic() - self._started - self._evaluation_seconds,
             "evaluation_seconds": self._progress.get("evaluation_seconds", 0.0) + self._evaluation_seconds,
             "total_seconds": self._earlier_s + time.time() - self._launched,
             "audio_seconds": self.accelerator.reduce(audio, "sum").item(),
@@ -524,38 +567,84 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def _load_finished(self, checkpoint):
         """Loads the weights that a finished run ended with and returns True, or returns False if it is not finished."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if "train" not in self.results and state.global_step < state.max_steps:
+        if "train" not in self.results and not self._progress["is_over"]:
             return False
-        self.state = state
+        self.state = state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if "train" not in self.results and self._progress["evaluation_is_due"]:
+            self._load_from_checkpoint(checkpoint)
+            with self._stoppable():
+                self.is_in_train = True
+                self._evaluate(None, None, skip_scheduler=True)
+                self.is_in_train = False
+            if state.best_global_step == state.global_step:
+                state.best_model_checkpoint = checkpoint
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         folder = Path(self.args.output_dir) / Path(best or checkpoint).name
         logger.info("This run is finished: nothing is trained any more, its weights are those of %s", folder)
         self._load_from_checkpoint(str(folder if is_whole_checkpoint(folder) else checkpoint))
         if "train" not in self.results:  # it was killed right after its last step
-            progress = read_json(Path(checkpoint) / PROGRESS_FILE)
-            self._record_training({**progress, "audio_seconds": progress["audio_seconds"] * self.args.world_size})
+            audio_seconds = self._progress["audio_seconds"] * self.args.world_size
+            self._record_training({**self._progress, "audio_seconds": audio_seconds})
         return True
 
-    def _save_what_is_trained(self):
-        """Saves a checkpoint of the last whole step if there is none, and returns the sentence that says so."""
+    def _save_what_is_trained(self, together=False):
+        """Saves a checkpoint of the last whole step if there is none, and returns the sentence that says so.
+
+        Args:
+            together: whether all processes are here to take part.
+        """
         step = self.state.global_step
-        if not step or self.args.world_size > 1:  # the other processes are not here to take part
+        if not step or (self.args.world_size > 1 and not together):
             return ""
-        if last_checkpoint(self.args.output_dir, step) is None:
-            self._save_checkpoint(self.model, None)
+        self._save_checkpoint(self.model, None)
         return f" The {step} steps trained so far are saved: the same command goes on from there."
 
+    def _get_output_dir(self, trial):
+        return self._place_of_checkpoints or super()._get_output_dir(trial)
+
     def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        progress = self._progress_now()
+        """Writes a checkpoint aside, and gives it its name when every process has written its part of it.
+
+        Only then are older ones deleted: by their numbers, where Trainer trusts the clock.
+        """
+        output_dir = Path(self.args.output_dir)
+        aside = output_dir / PART_FOLDER
+        folder, part = (place / f"checkpoint-{self.state.global_step}" for place in (output_dir, aside))
+        if is_whole_checkpoint(folder):
+            return
+        bad_audio, left_out = self._gather_faults()
+        progress = self._progress_now() | {
+            "unlogged_loss": self.accelerator.reduce(self._tr_loss, "mean").item(),
+            "unlogged_steps": self.state.global_step - self._globalstep_last_logged,
+            "evaluation_is_due": self._evaluation_is_due,
+            "is_over": self.state.global_step >= self.state.max_steps
+            or (self.control.should_training_stop and not self._stops),
+            "bad_audio": bad_audio,
+            "left_out": left_out,
+        }
         # Every process resumes with its share, so that the sum over the processes is right again.
         progress["audio_seconds"] /= self.args.world_size
-        with writing(self.args.output_dir):
+        self._place_of_checkpoints = str(aside)
+        try:
+            with writing(output_dir):
+                if self.args.should_save:
+                    part.mkdir(parents=True, exist_ok=True)
+                    write_json(part / PROGRESS_FILE, progress)
+                super()._save_checkpoint(model, trial)
+                best = output_dir / f"checkpoint-{self.state.best_global_step}"
+                if best == folder or best.exists():
+                    self.state.best_model_checkpoint = str(best)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.state.save_to_json(part / TRAINER_STATE_NAME)  # Trainer saw the best checkpoint aside
+                    finish_checkpoint(part, folder)
+                    limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+                    rotate_checkpoints(str(output_dir), limit, best, use_mtime=False)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self._place_of_checkpoints = None
             if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / PROGRESS_FILE, progress)
-            super()._save_checkpoint(model, trial)
+                shutil.rmtree(aside, ignore_errors=True)
 
     # Trainer would push in mid-training, and its failures are silent; `publish` pushes once, at the end.
 
@@ -573,19 +662,36 @@ class SpeechTrainer(Seq2SeqTrainer):
 
 
 class _StopRequest:
-    """Remembers that Ctrl-C or SIGTERM came; a second one ends the process at once."""
+    """Remembers that Ctrl-C or SIGTERM came, by its number; a second one ends the process at once."""
 
     def __init__(self):
-        self.received = False
+        self.received = 0
         self.process = os.getpid()
 
+    def note(self, signum):
+        """Takes down a signal that has reached this process, or another one of this run; 0 is none."""
+        if not self.received:
+            self.received, self.since = int(signum), time.monotonic()
+
     def __call__(self, signum, frame):
-        if os.getpid() != self.process:  # a dataloader worker, which Ctrl-C reaches too; it ends with its parent
+        if os.getpid() != self.process:  # a process that has been forked and is not yet what it is to be
             return
-        if self.received:
-            raise SystemExit(128 + signum)
-        self.received = True
-        logger.warning("Stopping after this step: saving a checkpoint (once more to stop at once, without saving)")
+        if not self.received:
+            self.note(signum)
+            logger.warning("Stopping after this step: saving a checkpoint (once more to stop at once, without saving)")
+        elif signum == signal.SIGINT or time.monotonic() - self.since > ECHO_S:
+            raise SystemExit(EXIT_CODES[signum])
+
+
+def _begin_worker(worker_id, num_workers=None, rank=None):
+    """Seeds a dataloader worker, and lets the signals pass that reach every process: its parent needs it to stop well.
+
+    A second SIGTERM is its parent's, who has no more use for it.
+    """
+    if num_workers is not None:  # None: of a stream, whose rows are drawn elsewhere
+        seed_worker(worker_id, num_workers, rank)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
 
 
 class _Stoppable:
@@ -604,8 +710,11 @@ class _Stoppable:
         if kind is not KeyboardInterrupt:
             return
         trainer = self.trainer
-        saved = trainer._save_what_is_trained() if trainer.is_in_train else ""
-        raise Interrupted(f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}") from None
+        saved = trainer._save_what_is_trained(together=True) if trainer.is_in_train else ""
+        raise Interrupted(
+            f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}",
+            trainer.stop_request.received,
+        ) from None
 
 
 class _SpeechCallback(TrainerCallback):
@@ -622,10 +731,23 @@ class _SpeechCallback(TrainerCallback):
                 holder.set_epoch(epoch)
         trainer.begin_pass()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The next loss to be logged is that of all steps since the last one, those before the checkpoint among them.
+        self.trainer._tr_loss += self.trainer._progress.get("unlogged_loss", 0.0)
+        self.trainer._globalstep_last_logged -= self.trainer._progress.get("unlogged_steps", 0)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer._stop_is_asked():
+        trainer = self.trainer
+        ends_epoch = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
+        trainer._evaluation_is_due = control.should_evaluate or ends_epoch
+        trainer._stops = trainer._stop_is_asked()
+        if trainer._stops:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            control.should_evaluate = False  # there may be no time for it; the next launch begins with it
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer._stops:
+            control.should_save = control.should_evaluate = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite((logs or {}).get("loss", 0.0)):
@@ -633,6 +755,31 @@ class _SpeechCallback(TrainerCallback):
                 f"The loss at step {state.global_step} is {logs['loss']}: lower --learning_rate; the checkpoints in "
                 f"{args.output_dir} are kept."
             )
+
+
+class _Curves(TensorBoardCallback):
+    """Writes the curves into the run's folder for as long as that can be done: a run is worth more than they are."""
+
+    def __init__(self, output_dir):
+        super().__init__()
+        # An evaluation before training would else be logged into the working directory.
+        self.logging_dir = self.logging_dir or str(Path(output_dir) / "runs")
+
+    def on_train_begin(self, *args, **kwargs):
+        self._try(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args, **kwargs):
+        self._try(super().on_log, *args, **kwargs)
+
+    def on_train_end(self, *args, **kwargs):
+        self._try(super().on_train_end, *args, **kwargs)
+
+    def _try(self, method, *args, **kwargs):
+        try:
+            method(*args, **kwargs)
+        except OSError as error:
+            logger.warning("No more curves for TensorBoard (%s); the run goes on", error.strerror or error)
+            self.tb_writer = self._SummaryWriter = None
 
 
 class _ProgressLines(ProgressCallback):
