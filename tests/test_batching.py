@@ -434,8 +434,12 @@ def test_small_pools_trade_padding_for_randomness():
 
 def test_the_rows_of_a_stream_say_how_far_to_pad_them():
     length = StreamLength(WINDOW_S, batch_size=8, full_window_share=0.1, seed=0)
-    rows = [length({"row": i, "duration_s": seconds}) for i, seconds in enumerate(DURATIONS_S * 5)]
-    assert rows == [length({"row": i, "duration_s": seconds}) for i, seconds in enumerate(DURATIONS_S * 5)]
+    given = [{"index": i, "epoch": 0, "duration_s": seconds} for i, seconds in enumerate(DURATIONS_S * 5)]
+    rows = [length(row) for row in given]
+    assert rows == [length(row) for row in given]
+    assert all(
+        row["padded_s"] != length({**row, "epoch": 1})["padded_s"] for row in rows if row["padded_s"] < WINDOW_S
+    )
     tails = [row["padded_s"] - row["duration_s"] for row in rows if row["padded_s"] < WINDOW_S]
     assert 0.2 <= min(tails) < 0.25 and 0.95 < max(tails) <= 1.0
     full = [any(row["padded_s"] == WINDOW_S for row in rows[at : at + 8]) for at in range(0, len(rows), 8)]
@@ -445,7 +449,7 @@ def test_the_rows_of_a_stream_say_how_far_to_pad_them():
 
 
 def test_a_stream_s_row_as_long_as_the_window_is_padded_no_further():
-    assert StreamLength(5.0, 8, 0.0, 0)({"row": 1, "duration_s": 4.9})["padded_s"] == 5.0
+    assert StreamLength(5.0, 8, 0.0, 0)({"index": 1, "epoch": 0, "duration_s": 4.9})["padded_s"] == 5.0
 
 
 # The order of evaluation

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, NANO, launch
+from conftest import DIGITS, NANO, launch, one_pass
 from peft import PeftModel
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
@@ -152,7 +152,7 @@ def test_streamed_equals_loaded(few_digits):
     processor = WhisperProcessor.from_pretrained(NANO)
     loaded = load_speech(DataArguments(dataset_name=[str(few_digits)]), processor)
     streamed = load_speech(DataArguments(dataset_name=[str(few_digits)], streaming=True), processor)
-    by_id = {row["id"]: row for row in streamed["train"]}
+    by_id = {row["id"]: row for row in one_pass(streamed["train"])}
     assert len(by_id) == len(loaded["train"]) == 24
     for i in range(len(loaded["train"])):
         row = loaded["train"][i]

@@ -323,8 +323,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             self.load_best_model_at_end = False
             self.choices.append("the last checkpoint is kept, not the best: no evaluations")
         if self.accelerator_config is None:
-            # Every process reads a stream itself: accelerate's dispatcher can send tensors only. Batches differ in size.
-            self.accelerator_config = {"dispatch_batches": False, "even_batches": False}
+            self.accelerator_config = {"even_batches": False}  # they differ in size
         self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
         self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
         super().__post_init__()

@@ -38,7 +38,7 @@ class WhisperCollator:
 
     Calling it with a list of rows (dicts with `index`, `row`, `id`, `waveform` float32 at the processor's sampling rate
     or None, `text`, `duration_s`; where `waveform` is None `bad_audio` or `fatal` says why, or `is_encoded` that the
-    encoder's output is known already; rows of a stream also have `left_out`) returns a dict:
+    encoder's output is known already; rows of a stream also have `left_out` and `place`) returns a dict:
         input_features: (batch, num_mel_bins, frames) float32, the waveforms followed by silence up to the longest
             `padded_s` of the rows, or to the whole window if they have none; without the rows that are encoded already,
             and missing if all of them are.
@@ -50,6 +50,7 @@ class WhisperCollator:
         bad_audio: list of str, a sentence for every row left out of this batch.
         left_out: list of [reason, row, detail], the rows of a stream that its filters rejected.
         fatal: list of str, the faults that have to stop the run.
+        place: of a stream, where its reader goes on after this batch.
     A batch without a good row has a short silence for features and nothing but -100 for labels: every process must
     take part in every step.
     """
@@ -88,6 +89,7 @@ class WhisperCollator:
             "bad_audio": bad_audio,
             "left_out": [entry for row in rows for entry in row.get("left_out") or []],
             "fatal": [row["fatal"] for row in rows if row.get("fatal")],
+            "place": rows[-1].get("place"),
         }
 
     def _too_long(self, row):
@@ -393,7 +395,7 @@ class StreamLength:
         self.window_s, self.batch_size, self.share, self.seed = window_s, batch_size, full_window_share, seed
 
     def __call__(self, row):
-        generator = np.random.default_rng((self.seed, row["row"]))
+        generator = np.random.default_rng((self.seed, row["epoch"], row["index"]))
         if generator.random() < self.share / self.batch_size:
             return {**row, "padded_s": float(self.window_s)}
         return {**row, "padded_s": min(row["duration_s"] + generator.uniform(*TRAIN_TAIL_S), self.window_s)}

@@ -34,7 +34,7 @@ def open_source(name, config=None, revision=None, streaming=False, flags="--data
         name: Hub id (`owner/name`), or path of a folder, a manifest or a parquet file.
         config: configuration of the Hub dataset.
         revision: branch, tag or commit of the Hub dataset.
-        streaming: do not download the Hub dataset first.
+        streaming: do not download the Hub dataset first, or copy the parquet files of a folder.
         flags: how the flags of this dataset begin, for messages.
 
     Returns:
@@ -46,7 +46,7 @@ def open_source(name, config=None, revision=None, streaming=False, flags="--data
     """
     path = Path(name).expanduser()
     if path.exists():
-        return LocalSource(name, path)
+        return LocalSource(name, path, streaming)
     if path.suffix in MANIFEST_SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"No such file or folder: {name}; give an existing path, or a Hub id such as owner/name.")
     if name.count("/") != 1:
@@ -59,7 +59,7 @@ def open_source(name, config=None, revision=None, streaming=False, flags="--data
 class LocalSource:
     """A manifest, a folder of manifests, or an audiofolder; paths only, audio is read when a row is."""
 
-    def __init__(self, name, path):
+    def __init__(self, name, path, streaming=False):
         self.name = name
         self.record = {"name": str(name)}
         self._tables = {}
@@ -75,7 +75,8 @@ class LocalSource:
                 raise UserError(f"{name} is none of {', '.join(MANIFEST_SUFFIXES)}; give a manifest or a folder.")
             files = {None: [path]}
         for split, paths in files.items():
-            self._tables[split] = read_table(paths), str(paths[0].resolve().parent)
+            rows = read_table(paths, streaming and split is not None)
+            self._tables[split] = rows, str(paths[0].resolve().parent)
         if None in self._tables:
             self._part(path)
 
@@ -189,24 +190,28 @@ def _metadata(folder):
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read_table(paths):
+def read_table(paths, streaming=False):
     """Reads the manifests of one split as a `datasets.Dataset`; text of any manifest but parquet stays text.
 
     Args:
         paths: list of Path, one manifest, or several shards of parquet.
+        streaming: return a `datasets.IterableDataset` of parquet.
 
     Raises:
         UserError: a manifest cannot be read, or holds no rows.
     """
     import datasets
+    import pyarrow
 
     suffix = paths[0].suffix
     if suffix == ".parquet":
         files = [str(path) for path in paths]
         try:
-            rows = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise UserError(f"{paths[0]} cannot be read as parquet: {error.__cause__}.") from None
+            rows = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows", streaming=streaming)
+        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+            raise UserError(f"{paths[0]} cannot be read as parquet: {error.__cause__ or error}.") from None
+        if streaming:
+            return rows
     else:
         rows = datasets.Dataset.from_dict(_read_jsonl(paths[0]) if suffix == ".jsonl" else _read_csv(paths[0]))
     if len(rows) == 0:

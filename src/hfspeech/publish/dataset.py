@@ -201,7 +201,7 @@ class _Part:
     def _seconds(self, rows, column):
         if not column:
             return [None] * len(rows)
-        return [to_seconds(value, column, i, self.where) for i, value in enumerate(rows[column][:])]
+        return [to_seconds(value, column, i, self.where) for i, value in enumerate(rows[column][:], 1)]
 
     def _local_paths(self, rows):
         """Returns the columns that hold paths of this machine, which are nobody else's business."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
@@ -180,20 +181,20 @@ class SpeechTrainer(Seq2SeqTrainer):
             if sentence not in self._bad_audio.setdefault(self._stage, {}):
                 logger.warning("left out: %s", sentence)
             self._bad_audio[self._stage][sentence] = True
+        if batch.get("place"):
+            reader, *self._places[reader] = batch["place"]
 
     # Batches
 
     def get_train_dataloader(self):
         if not has_length(self.train_dataset):
-            loader = super().get_train_dataloader()
-            loader.worker_init_fn = _begin_worker
-            return loader
+            return self._stream_dataloader()
         self.train_sampler = self.train_batch_sampler(self.train_dataset)
-        return self._dataloader(self.train_dataset, self.train_sampler)
+        return self._prepared_dataloader(self.train_dataset, self.train_sampler)
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._dataloader(dataset, self.eval_batch_sampler(dataset))
+        return self._prepared_dataloader(dataset, self.eval_batch_sampler(dataset))
 
     def train_batch_sampler(self, dataset, **options):
         """Returns the `LengthBatchSampler` of a pass; `options` are those that depend on the model."""
@@ -215,22 +216,49 @@ class SpeechTrainer(Seq2SeqTrainer):
     def begin_pass(self):
         """Is called when a pass over the training rows begins."""
 
-    def _dataloader(self, dataset, batch_sampler):
-        args = self.args
-        worker_init = functools.partial(
-            _begin_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-        )
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=worker_init,
-        )
+    def _prepared_dataloader(self, dataset, batch_sampler):
+        loader = self._dataloader(dataset, self.args.dataloader_num_workers, batch_sampler=batch_sampler)
         return self.accelerator.prepare(loader)
+
+    def _stream_dataloader(self):
+        """Returns the loader of this process's share of a stream, from the place that the checkpoint remembers."""
+        args = self.args
+        num_readers = args.world_size * max(1, args.dataloader_num_workers)
+        self._stream = self._progress.get("stream", {"num_readers": num_readers, "num_batches": 0, "places": []})
+        num_workers, left = divmod(self._stream["num_readers"], args.world_size)
+        if left:
+            raise UserError(
+                f"The stream of this run is shared out to {self._stream['num_readers']} readers, the dataloader workers of "
+                "all processes: go on with a number of processes that divides that."
+            )
+        if self._stream["num_readers"] == num_readers:
+            num_workers = args.dataloader_num_workers
+        else:
+            args.choices.append(f"{num_workers} dataloader workers for training: the stream is shared out like that")
+            logger.info(args.choices[-1])
+        self.train_dataset.begin(args.process_index, args.world_size, **self._stream)
+        self._places = dict(self.train_dataset.places)
+        args.ignore_data_skip = True  # the stream goes on by itself, without decoding what was read before
+        # A generator of its own, or the beginning of a loader would move on the random numbers of a resumed run.
+        options = {"batch_size": self._train_batch_size, "generator": torch.Generator()}
+        loader = self._dataloader(self.train_dataset, num_workers, **options)
+        # accelerate would share the rows out once more.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def _dataloader(self, dataset, num_workers, **options):
+        args = self.args
+        return torch.utils.data.DataLoader(
+            dataset,
+            **options,
+            collate_fn=self.data_collator,
+            num_workers=num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor if num_workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=functools.partial(_begin_worker, num_workers=num_workers, rank=args.process_index),
+        )
 
     # Evaluation
 
@@ -624,6 +652,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         }
         # Every process resumes with its share, so that the sum over the processes is right again.
         progress["audio_seconds"] /= self.args.world_size
+        if not has_length(self.train_dataset):
+            progress["stream"] = {**self._stream, "places": gather_object(self._stream["places"])}
         self._place_of_checkpoints = str(aside)
         try:
             with writing(output_dir):
@@ -738,6 +768,12 @@ class _SpeechCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
+        if not has_length(trainer.train_dataset):
+            trainer._stream |= {
+                "num_batches": state.global_step * args.gradient_accumulation_steps * args.world_size,
+                "places": list(trainer._places.items()),
+            }
+            state.epoch = state.global_step / state.max_steps  # Trainer begins to count anew when a stream is resumed
         ends_epoch = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
         trainer._evaluation_is_due = control.should_evaluate or ends_epoch
         trainer._stops = trainer._stop_is_asked()

@@ -34,7 +34,7 @@ class WhisperTrainer(SpeechTrainer):
         if train_dataset is not None and not has_length(train_dataset) and args.encoder_window == "auto":
             window_s, share = processing_class.feature_extractor.chunk_length, args.full_window_share
             length = StreamLength(window_s, args.per_device_train_batch_size, share, args.seed)
-            train_dataset = train_dataset.map(length)
+            train_dataset.transforms.append(length)
         self.encoder_outputs = self._plan_encoder_outputs(model, args, train_dataset)
         base_of(model).generation_config.encoder_window = args.encoder_window  # for whoever transcribes with it
         data_collator.pad_labels_to_multiple_of = COMPILED_LABELS if args.torch_compile else 1
@@ -68,7 +68,8 @@ class WhisperTrainer(SpeechTrainer):
         config = base_of(model).config
         may_change = (
             any(p.requires_grad for p in base_of(model).model.encoder.parameters())
-            or getattr(train_dataset, "transforms", True)  # a stream is not read twice in the same order
+            or not has_length(train_dataset)  # of a stream, few rows come twice
+            or train_dataset.transforms
             or config.apply_spec_augment
             or max(config.dropout, config.attention_dropout, config.activation_dropout, config.encoder_layerdrop) > 0
         )
