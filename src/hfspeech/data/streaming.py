@@ -5,7 +5,6 @@ import datasets
 from hfspeech.audio import BadAudio, duration_s
 from hfspeech.data.leaks import Recordings, span
 from hfspeech.data.rows import decode_row, default_id, group_columns, is_audio, row_name, to_seconds
-from hfspeech.data.sources import find_file
 from hfspeech.errors import UserError
 
 # Rows of a streamed validation or test split that are kept in memory where no number is given.
@@ -68,7 +67,9 @@ def stream_rows(raw, folder, columns, filters, data_args, dataset_name, split, s
         number = value["__row__"]
         audio = value[columns.audio] or {"bytes": None, "path": None}
         if isinstance(audio, str):
-            audio = {"bytes": None, "path": find_file(audio, folder) if folder else audio}
+            audio = {"bytes": None, "path": audio}
+        if audio["bytes"] is None:
+            audio["path"] = folder.find(audio["path"])
         text = value[columns.text]
         given_id = _string(value[columns.id]) if columns.id else None
         row = dict.fromkeys(features) | {
@@ -84,6 +85,8 @@ def stream_rows(raw, folder, columns, filters, data_args, dataset_name, split, s
         }
         name = row_name(number, audio["path"] or given_id or split)
         try:
+            if audio["bytes"] is None and not folder.holds(audio["path"]):
+                raise UserError(folder.refusal(f"{dataset_name}, {split}: Row {number}", [audio["path"]]))
             if columns.offset:
                 row["offset_s"] = to_seconds(value[columns.offset], columns.offset, number - 1, dataset_name)
             given = value[columns.duration] if columns.duration and row["offset_s"] is not None else None
@@ -168,6 +171,4 @@ def _string(value):
 
 
 def _whole_duration_s(audio):
-    if audio["bytes"] is None and audio["path"] is None:
-        raise BadAudio("neither bytes nor a path")
     return duration_s(audio["bytes"] if audio["bytes"] is not None else audio["path"])
