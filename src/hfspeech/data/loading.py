@@ -20,6 +20,7 @@ from hfspeech.data.rows import (
     SpeechDataset,
     SpokenTextFilters,
     find_columns,
+    is_audio,
     read_rows,
     undecoded,
 )
@@ -179,7 +180,7 @@ class _Loader:
         configs = _one_each(configs, names, f"{flags}_config_name")
         revisions = _one_each(revisions, names, f"{flags}_revision")
         sources = [
-            open_source(name, config, revision, self.data_args.streaming, flags)
+            open_source(name, config, revision, self.data_args.streaming, flags, self.data_args.audio_root or [])
             for name, config, revision in zip(names, configs, revisions)
         ]
         self.account["datasets"] += [source.record for source in sources]
@@ -196,6 +197,7 @@ class _Loader:
             if rows is not None:
                 if rows.column_names is None:  # a stream of unknown features
                     rows = rows._resolve_features()
+                rows = _without_other_media(rows)
                 lenient = len(self.account["datasets"]) > 1
                 found.append((source, rows, folder, find_columns(rows, self.data_args, source.name, lenient)))
         names = list(dict.fromkeys(name for source in sources for name in source.split_names))
@@ -290,6 +292,14 @@ class _Loader:
                 logger.info("%s: %d rows, %s", name, entry["rows"], length)
             for reason, left_out in entry["dropped"].items():
                 logger.info("%s: %d left out, %s, such as %s", name, left_out["count"], reason, left_out["example"])
+
+
+def _without_other_media(rows):
+    """Leaves out pictures, films and the like: to look at such a row, `datasets` opens the file or URL that it names."""
+    from datasets.features.features import require_decoding
+
+    features = rows.features or {}
+    return rows.remove_columns([n for n, f in features.items() if require_decoding(f) and not is_audio(features, n)])
 
 
 def _filters_of_whisper(data_args, processor, max_label_length):

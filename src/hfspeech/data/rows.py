@@ -14,7 +14,6 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hfspeech.audio import BadAudio, decode, duration_s
-from hfspeech.data.sources import find_file
 from hfspeech.errors import UserError, nearest
 from hfspeech.text import TIMESTAMP, labels_of
 
@@ -300,7 +299,7 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
 
     Args:
         raw: the `datasets.Dataset` as it is stored.
-        folder: where the paths in it start, or None.
+        folder: the `AudioFolder` of its paths.
         columns: its `Columns`.
         filters: the `Filters`.
         data_args: for `group_columns` and `on_bad_audio`.
@@ -312,12 +311,12 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         `datasets.Dataset` with the columns of `SCHEMA` and `HIDDEN` and the group columns.
 
     Raises:
-        UserError: a header shows bad audio and `on_bad_audio` is `error`.
+        UserError: a header shows bad audio and `on_bad_audio` is `error`; a path leads out of the folder.
     """
     import datasets
 
-    raw = as_undecoded(raw, columns.audio, folder)
     numbers = range(1, len(raw) + 1) if numbers is None else numbers
+    raw = as_undecoded(raw, columns.audio, folder, f"{dataset_name}, {split}", numbers)
     texts = ["" if text is None else str(text) for text in raw[columns.text][:]]
     given = durations_given(raw, columns, dataset_name, numbers)
     offsets = [None] * len(raw)
@@ -421,22 +420,42 @@ def group_columns(data_args):
     return [name for name in data_args.group_columns or [] if name not in SCHEMA]
 
 
-def as_undecoded(raw, column, folder):
-    """Makes the audio column one of undecoded audio, with absolute paths for what lies in files."""
+def as_undecoded(raw, column, folder, where, numbers):
+    """Makes the audio column one of undecoded audio, with absolute paths for what lies in files.
+
+    `where` and `numbers` are what the table and its rows are called in messages.
+
+    Raises:
+        UserError: a path leads out of the folder.
+    """
     import datasets
 
-    if not is_audio(raw.features, column) and raw.features[column].dtype in ("string", "large_string"):
-        if folder is None:
-            raise UserError(
-                f"The column {column} holds text and not audio; name the audio's with --audio_column_name."
-            )
-        paths = pyarrow.array(in_threads(lambda path: find_file(path or "", folder), raw[column][:]), "string")
-        contents = pyarrow.nulls(len(paths), "binary")
-        audio = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])
-        table = raw.with_format("arrow")[:].combine_chunks()
-        table = table.set_column(table.column_names.index(column), column, audio)
-        raw = datasets.Dataset(table.replace_schema_metadata(None))
-    return raw.cast_column(column, datasets.Audio(decode=False))
+    if is_audio(raw.features, column):
+        raw = raw.cast_column(column, datasets.Audio(decode=False))
+        contents, named = undecoded(raw, column)
+    elif folder.path is None:
+        raise UserError(f"The column {column} holds text and not audio; name the audio's with --audio_column_name.")
+    else:
+        contents, named = [None] * len(raw), [None if path is None else str(path) for path in raw[column][:]]
+    if all(content is not None for content in contents):
+        return raw
+
+    def find(job):
+        content, path = job
+        whole = folder.find(path) if content is None else path
+        return whole, content is not None or folder.holds(whole)
+
+    found = in_threads(find, list(zip(contents, named)))
+    paths = pyarrow.array([path for path, _ in found], "string")
+    outside = [i for i, (_, is_inside) in enumerate(found) if not is_inside]
+    if outside:
+        row = f"{where}: Row {numbers[outside[0]]}"
+        raise UserError(folder.refusal(row, [found[i][0] for i in outside]))
+    contents = pyarrow.array([None if content is None else bytes(content) for content in contents], "binary")
+    audio = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])
+    table = raw.with_format("arrow")[:].combine_chunks()
+    table = table.set_column(table.column_names.index(column), column, audio)
+    return datasets.Dataset(table.replace_schema_metadata(None)).cast_column(column, datasets.Audio(decode=False))
 
 
 def to_seconds(value, column, number, dataset_name):
@@ -462,7 +481,7 @@ def durations_given(raw, columns, dataset_name, numbers):
     ]
     if not columns.offset:
         for i in range(min(3, len(raw))):
-            audio = raw[i][columns.audio]
+            audio = raw[columns.audio][i]
             try:
                 seconds = duration_s(audio["bytes"] if audio["bytes"] is not None else audio["path"])
             except BadAudio:
@@ -516,7 +535,7 @@ def _measure_one(job):
     elif path:
         try:
             size = os.stat(path).st_size
-        except OSError:
+        except (OSError, ValueError):  # no file can have such a name
             return None, BadAudio("no such file")
     else:
         return None, BadAudio("neither bytes nor a path")
@@ -548,7 +567,7 @@ def _default_id(path, offset_s, number, folder, split):
     """The id of a row without one: its path from the manifest, and where the segment starts."""
     if not path:
         return f"{split}-{number}"
-    name = os.path.relpath(path, folder) if folder and os.path.isabs(path) else path
+    name = os.path.relpath(path, folder.path) if folder.path and os.path.isabs(path) else path
     return name if offset_s is None else f"{name}@{offset_s:g}"
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -488,6 +489,11 @@ class SpeechTrainer(Seq2SeqTrainer):
                 raise UserError(
                     f"The GPU ran out of memory at step {self.state.global_step}: halve --per_device_train_batch_size "
                     "and double --gradient_accumulation_steps."
+                ) from None
+            except pickle.UnpicklingError:  # optimizer, schedule and random states are read as numbers alone
+                raise UserError(
+                    f"{checkpoint} holds something else than numbers, or is damaged: delete that folder to go on from "
+                    "the checkpoint before it."
                 ) from None
         if self._stops:
             raise Interrupted(
