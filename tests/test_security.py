@@ -386,9 +386,8 @@ def test_a_stream_stays_in_the_folder(place):
         (place / f"{split}.flac").write_bytes(flac(seed=len(split)))
         manifest(place / f"{split}.csv", [f"{split}.flac"])
     manifest(place / "train.csv", ["own.flac", "../../elsewhere/private.flac"])
-    rows = sorted(load_speech(arguments(place, streaming=True))["train"], key=lambda row: row["row"])
-    assert rows[0]["waveform"] is not None
-    assert rows[1]["waveform"] is None and "Row 2 leads to" in rows[1]["fatal"]
+    row = next(iter(load_speech(arguments(place, streaming=True))["train"]))
+    assert row["waveform"] is None and "Row 2 leads to" in row["fatal"]
 
 
 def test_no_url_is_fetched(place, monkeypatch):
