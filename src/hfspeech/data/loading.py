@@ -299,7 +299,8 @@ def _without_other_media(rows):
     from datasets.features.features import require_decoding
 
     features = rows.features or {}
-    return rows.remove_columns([n for n, f in features.items() if require_decoding(f) and not is_audio(features, n)])
+    media = [name for name, f in features.items() if require_decoding(f) and not is_audio(features, name)]
+    return rows.remove_columns(media) if media else rows  # a stream would pass each row through Python
 
 
 def _filters_of_whisper(data_args, processor, max_label_length):
