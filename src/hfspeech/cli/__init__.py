@@ -1,5 +1,5 @@
-"""The `hfspeech` command: check a run before paying for it, evaluate any Whisper, transcribe recordings, speak texts
-with any SpeechT5, and push runs and datasets to the Hub.
+"""The `hfspeech` command: check a run before paying for it, compare runs and make them once more, evaluate any Whisper,
+transcribe recordings, speak texts with any SpeechT5, and push runs and datasets to the Hub.
 
 Each command is a module here with `run(args)`, imported when the command is called, so that `hfspeech --help` answers
 at once.
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser():
     parser = _Parser(
         prog="hfspeech",
-        description="Fine-tune Whisper and SpeechT5: check, evaluate, transcribe, synthesize, push.",
+        description="Fine-tune Whisper and SpeechT5: check, evaluate, transcribe, synthesize, compare, reproduce, push.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
