@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 
 from hfspeech.errors import UserError, nearest
-from hfspeech.hub import gated, look_up
+from hfspeech.hub import gated, license_in, look_up, stated_license
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
@@ -61,7 +61,8 @@ class LocalSource:
 
     def __init__(self, name, path):
         self.name = name
-        self.record = {"name": str(name)}
+        card = (path if path.is_dir() else path.parent) / "README.md"
+        self.record = {"name": str(name), "license": license_in(card)}
         self._tables = {}
         if path.is_dir():
             files = _split_files(path)
@@ -122,6 +123,7 @@ class HubSource:
         info, unreachable = look_up(name, revision, "dataset", f"{flags}_revision")
         commit = info and info.sha
         self.record = {"name": name, "config": config, "revision": revision, "commit": commit}
+        self.record["license"] = stated_license(info and info.card_data)
         where = f"{name}@{revision}" if revision else name
         try:
             self._splits = datasets.load_dataset(name, config, revision=commit or revision, streaming=streaming)

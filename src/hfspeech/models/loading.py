@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig
 
 from hfspeech.errors import UserError
+from hfspeech.hub import license_in
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -148,6 +149,17 @@ def _weights_hash(folder):
             while block := file.read(2**20):
                 total.update(block)
     return f"sha256:{total.hexdigest()}" if files else None
+
+
+def license_of(source, revision):
+    """Returns the license that a model's card states, in a folder or on the Hub, or None."""
+    from transformers.utils import cached_file
+
+    try:
+        card = cached_file(source, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no way to the Hub
+        return None
+    return license_in(card) if card else None
 
 
 def read_config(source, revision, model_type, kind, example):
