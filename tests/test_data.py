@@ -103,7 +103,7 @@ def test_audiofolder(tmp_path):
     assert "audio" not in row and row["row"] == 2 and row["dataset"] == str(tmp_path)
     assert speech["test"].column("duration_s") == pytest.approx([0.5, 0.51, 0.52, 0.53])
     json.dumps(speech.account)
-    assert speech.account["datasets"][0] == {"name": str(tmp_path)}
+    assert speech.account["datasets"][0] == {"name": str(tmp_path), "license": None}
 
 
 def test_a_fingerprint_changes_with_the_rows_and_not_with_their_place(tmp_path):

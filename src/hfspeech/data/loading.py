@@ -49,8 +49,8 @@ class SpeechSplits(dict):
 
     Attributes:
         account: JSON-able dict: `datasets` (name, commit or path of each) and `splits`, for each split the number of
-            `rows`, their `hours`, their `fingerprint` (see there; a streamed split has none), and `dropped`: reason →
-            `count` and `example`.
+            `rows`, their `hours`, their `speakers` (None where they are not known), their `fingerprint` (see there; a
+            streamed split has none), and `dropped`: reason → `count` and `example`.
     """
 
     def __init__(self, splits, account):
@@ -280,6 +280,8 @@ class _Loader:
             entry["rows"] = len(rows)
             entry["hours"] = round(sum(rows["duration_s"][:]) / 3600, 4)
             entry["fingerprint"] = fingerprint(rows)
+            speakers = set(rows["speaker"][:])
+            entry["speakers"] = None if None in speakers else len(speakers)
             finished[name] = SpeechDataset(_unique_ids(rows).remove_columns(list(HIDDEN)))
         self.log()
         return SpeechSplits(finished, self.account)

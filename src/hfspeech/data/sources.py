@@ -25,7 +25,7 @@ import warnings
 from pathlib import Path
 
 from hfspeech.errors import UserError, nearest
-from hfspeech.hub import gated, look_up
+from hfspeech.hub import gated, license_in, look_up, stated_license
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
@@ -67,7 +67,8 @@ class LocalSource:
 
     def __init__(self, name, path, streaming=False, audio_root=()):
         self.name = name
-        self.record = {"name": str(name)}
+        card = (path if path.is_dir() else path.parent) / "README.md"
+        self.record = {"name": str(name), "license": license_in(card)}
         self._tables = {}
         if path.is_dir():
             files = _split_files(path)
@@ -130,6 +131,7 @@ class HubSource:
         info, unreachable = look_up(name, revision, "dataset", f"{flags}_revision")
         commit = info and info.sha
         self.record = {"name": name, "config": config, "revision": revision, "commit": commit}
+        self.record["license"] = stated_license(info and info.card_data)
         where = f"{name}@{revision}" if revision else name
         try:
             self._splits = datasets.load_dataset(name, config, revision=commit or revision, streaming=streaming)

@@ -19,6 +19,7 @@ from transformers.utils import (
 )
 
 from hfspeech.errors import UserError
+from hfspeech.hub import license_in
 
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -221,6 +222,17 @@ def read_any_config(source, revision):
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     config._attn_implementation = None
     return config
+
+
+def license_of(source, revision):
+    """Returns the license that a model's card states, in a folder or on the Hub, or None."""
+    from transformers.utils import cached_file
+
+    try:
+        card = cached_file(source, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no way to the Hub
+        return None
+    return license_in(card) if card else None
 
 
 def read_config(source, revision, model_type, kind, example):

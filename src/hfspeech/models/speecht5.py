@@ -14,6 +14,7 @@ from hfspeech.models.loading import (
     best_device,
     has_file,
     hub_commit,
+    license_of,
     loading,
     merge_adapter,
     quantization_config,
@@ -60,6 +61,7 @@ def load_speecht5(model_args):
                 use_safetensors=True,
             )
         model.hub_commit = hub_commit(source, revision)
+        model.license = license_of(source, revision)
     model.has_new_characters = bool(model_args.add_characters)
     if model.has_new_characters:
         add_characters(model, processor, model_args.add_characters)

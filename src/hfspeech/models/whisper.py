@@ -11,6 +11,7 @@ from hfspeech.models.loading import (
     best_device,
     has_file,
     hub_commit,
+    license_of,
     loading,
     merge_adapter,
     quantization_config,
@@ -64,6 +65,7 @@ def load_whisper(model_args):
             )
         model.generation_config = _generation_config(source, revision, config, processor)
         model.hub_commit = hub_commit(source, revision)
+        model.license = license_of(source, revision)
     make_fast(model)
     model.encoder_stays_frozen = model_args.freeze_encoder
     set_language(model, processor, model_args.language, model_args.task, model_args.timestamps)

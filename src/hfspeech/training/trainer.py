@@ -83,6 +83,7 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     logged = ("loss", "wer", "cer")  # of each evaluation, for TensorBoard and the progress lines
     targets_per_item = 1  # labels that make one target of the loss
+    window_s = None  # seconds that the model hears at once
 
     # compute_loss divides by the tokens of the whole optimizer step, so Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -379,7 +380,10 @@ class SpeechTrainer(Seq2SeqTrainer):
         now = {split: len(rows) if has_length(rows) else None for split, rows in speech.items()}
         counts = [split for split, count in now.items() if earlier.get(split, count) != count]
         others = other_rows(earlier["account"], account)
-        if counts or others or earlier["account"]["datasets"] != account["datasets"]:
+        were, are = (
+            [{**dataset, "license": None} for dataset in one["datasets"]] for one in (earlier["account"], account)
+        )  # the license may not be known offline
+        if counts or others or were != are:
             what = "another commit"
             if counts:
                 what = f"{counts[0]} had {earlier[counts[0]]} rows, now {now[counts[0]]}"
@@ -431,6 +435,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         settings = self.args.run_arguments
         name = settings.get("model_name_or_path") or settings.get("config_name")
         model = identify(name, settings.get("model_revision"), base_of(self.model).hub_commit)
+        # What its card states, and the seconds that it hears at once.
+        model |= {"license": base_of(self.model).license, "window_s": self.window_s}
         return {"model": model, "models": self.other_models()}
 
     def other_models(self):
