@@ -8,6 +8,7 @@ from transformers.trainer_utils import has_length
 from hfspeech.batching import COMPILED_LABELS, COMPILED_LENGTHS, TRAIN_TAIL_S, LongestFirstSampler, StreamLength
 from hfspeech.modeling.whisper import EncoderOutputs, cut_at_bounds, decoder_input_ids, token_bounds, token_losses
 from hfspeech.models.loading import base_of
+from hfspeech.training import sharding
 from hfspeech.training.trainer import SpeechTrainer
 
 CACHED_LENGTHS = 32  # rows of a frozen encoder are rounded up to one of so many lengths, and meet only their like
@@ -70,6 +71,7 @@ class WhisperTrainer(SpeechTrainer):
             any(p.requires_grad for p in base_of(model).model.encoder.parameters())
             or getattr(train_dataset, "transforms", True)  # a stream is not read twice in the same order
             or config.apply_spec_augment
+            or sharding.asks_for("FSDP")  # a layer is put together by all processes at once, or by none
             or max(config.dropout, config.attention_dropout, config.activation_dropout, config.encoder_layerdrop) > 0
         )
         if not args.cache_encoder_outputs or may_change:
