@@ -263,6 +263,9 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         default=True, metadata={"help": "A resumed run remembers how patient early stopping has been."}
     )
     log_level: str = field(default="error", metadata={"help": "How much transformers itself says."})
+    log_level_replica: str = field(
+        default="error", metadata={"help": "How much transformers itself says in the processes beside the first."}
+    )
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate on generated text."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows in an evaluation batch."})
     dataloader_num_workers: int = field(

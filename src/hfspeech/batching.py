@@ -241,8 +241,11 @@ class LengthBatchSampler(torch.utils.data.Sampler):
 
     Every pass shuffles the rows, cuts them into pools of `pool_steps` optimizer steps, sorts each pool by length, cuts
     it into whole steps and draws these in random order. Rows that fill no step wait for the next pool; at the end of a
-    pass they make short steps, and less than one row for each batch waits for the next pass. An epoch is as many steps
-    as the first pass has. The order depends on the settings, the seed and the epoch only.
+    pass they make short steps. An epoch is as many steps as the first pass has. The order depends on the settings, the
+    seed and the epoch only.
+
+    A step's rows are the same however many batches of `batch_size` share them: 8 rows in one batch, or 4 in each of
+    two. A short step may leave a batch one row fewer than its neighbours, or none.
 
     Yields lists of (row number, seconds to pad the waveform to).
 
@@ -299,7 +302,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
     def __iter__(self):
         first = self.epoch * self.steps_per_epoch
         for _, padded_s, rows in itertools.islice(self._steps(), first, first + self.steps_per_epoch):
-            for batch in np.split(rows, self.batches_per_step):
+            for batch in np.array_split(rows, self.batches_per_step):
                 yield [(row, padded_s) for row in batch.tolist()]
 
     def _steps(self):
@@ -310,7 +313,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
             generator = np.random.default_rng((self.seed, number))
             order = generator.permutation(len(self.lengths_s))
             pools = np.split(order, range(self.pool_rows, len(order), self.pool_rows))
-            while pools or len(waiting) >= self.batches_per_step:
+            while pools or len(waiting):
                 pool = pools.pop(0) if pools else np.empty(0, int)
                 steps, waiting = self._cut(np.concatenate([waiting, pool]), with_short_steps=not pools)
                 for place in generator.permutation(len(steps)):
@@ -318,13 +321,13 @@ class LengthBatchSampler(torch.utils.data.Sampler):
                     padded_s = self._padded_s(rows, generator.uniform(*self.tail_s))
                     share = self.full_window_share
                     if math.floor((num_steps + 1) * share + phase) > math.floor(num_steps * share + phase):
-                        per_batch = max(1, int(len(rows) / self.batches_per_step * padded_s / self.window_s))
-                        rows, rest = np.split(rows, [per_batch * self.batches_per_step])
+                        # Seconds are counted for each batch, which has to fit in memory; rows for the step as a whole.
+                        parts = self.batches_per_step if self.max_batch_seconds else 1
+                        per_part = max(1, int(len(rows) / parts * padded_s / self.window_s))
+                        rows, rest = np.split(rows, [per_part * parts])
                         waiting, padded_s = np.concatenate([waiting, rest]), self.window_s
                     num_steps += 1
                     yield number, padded_s, rows
-                if not pools and not steps:  # of each length too few rows are left for a step
-                    break
 
     def _cut(self, rows, with_short_steps):
         """Cuts rows, the longest first, into steps; returns these and the rows that are left."""
@@ -337,13 +340,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
             if self.same_length:
                 step = step[self.sort_by[step] == self.sort_by[step[0]]]
             start += len(step)
-            if len(step) < size:
-                step, left = np.split(
-                    step, [len(step) // self.batches_per_step * self.batches_per_step * with_short_steps]
-                )
-                rest.append(left)
-            if len(step):
-                steps.append(step)
+            (steps if len(step) == size or with_short_steps else rest).append(step)
         return steps, np.concatenate([*rest, np.empty(0, int)])
 
     def _padded_s(self, rows, tail_s):

@@ -8,6 +8,7 @@ from transformers.trainer_utils import has_length
 from hfspeech.batching import COMPILED_LABELS, COMPILED_LENGTHS, TRAIN_TAIL_S, LongestFirstSampler, StreamLength
 from hfspeech.modeling.whisper import EncoderOutputs, cut_at_bounds, decoder_input_ids, token_bounds, token_losses
 from hfspeech.models.loading import base_of
+from hfspeech.training import sharding
 from hfspeech.training.trainer import SpeechTrainer
 
 CACHED_LENGTHS = 32  # rows of a frozen encoder are rounded up to one of so many lengths, and meet only their like
@@ -71,6 +72,7 @@ class WhisperTrainer(SpeechTrainer):
             or not has_length(train_dataset)  # of a stream, few rows come twice
             or train_dataset.transforms
             or config.apply_spec_augment
+            or sharding.asks_for("FSDP")  # a layer is put together by all processes at once, or by none
             or max(config.dropout, config.attention_dropout, config.activation_dropout, config.encoder_layerdrop) > 0
         )
         if not args.cache_encoder_outputs or may_change:
