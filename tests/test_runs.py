@@ -15,7 +15,6 @@ from conftest import NANO
 
 from hfspeech import runs
 from hfspeech.arguments import (
-    DataArguments,
     LoraArguments,
     WhisperArguments,
     WhisperTrainingArguments,
@@ -88,19 +87,6 @@ def test_another_number_of_processes_is_the_same_run_if_a_step_takes_in_as_many_
     here = arguments(tmp_path, **split(rows, accumulation))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     open_run(here)
-
-
-def test_a_stream_stays_with_its_number_of_processes(tmp_path, monkeypatch):
-    def both(rows):
-        types = (DataArguments, WhisperTrainingArguments)
-        settings = {"dataset_name": "x", "streaming": True, "output_dir": str(tmp_path), "use_cpu": True}
-        return parse_arguments({**settings, **split(rows, 1)}, [], types)[1]
-
-    open_run(both(4))
-    here = both(2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="processes 1 there, 2 here"):
-        open_run(here)
 
 
 @pytest.mark.parametrize(

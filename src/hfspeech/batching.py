@@ -89,7 +89,7 @@ class WhisperCollator:
             "bad_audio": bad_audio,
             "left_out": [entry for row in rows for entry in row.get("left_out") or []],
             "fatal": [row["fatal"] for row in rows if row.get("fatal")],
-            "place": rows[-1].get("place"),
+            "place": rows[-1].get("place") if rows else None,
         }
 
     def _too_long(self, row):

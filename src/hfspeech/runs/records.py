@@ -180,8 +180,6 @@ def _identity(record):
     """Returns what makes a run this one: its settings, and what a step takes in, however many processes share it."""
     settings = {name: value for name, value in record["arguments"].items() if name not in NOT_IDENTITY}
     processes = record["environment"]["processes"]
-    if settings.get("streaming"):  # its shards are shared out to them
-        settings["processes"] = processes
     batches = settings.pop("gradient_accumulation_steps", 1) * processes
     rows = settings.pop("per_device_train_batch_size", None)
     if rows is None or settings.get("max_batch_seconds"):
