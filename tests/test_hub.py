@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -81,6 +82,13 @@ def test_a_run_from_the_hub_and_back(hub, tmp_path):
     code = told.split("model = ")[1].strip()
     loaded = command(hub, tmp_path / "elsewhere", "-c", f"{imports}; print(type({code}).__name__)")
     assert 'revision="v1"' in code and loaded.strip() == "PeftModel"
+    # Whoever reads the card makes the model again: the command that it names, from what is on the Hub alone.
+    again = re.search(r"hfspeech reproduce \S+", hub.read("models", "acme/tuned", "README.md").decode())[0]
+    told = command(hub, home, "-m", "hfspeech.cli", *shlex.split(again)[1:], "--output_dir", str(tmp_path / "again"))
+    assert "equal to the digit" in told
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == hub.read(
+        "models", "acme/tuned", "adapter_model.safetensors"
+    )
     results = json.loads((tmp_path / "run/run.json").read_text())
     model = {"name_or_path": "acme/nano", "revision": "main", "commit": hub.commit("models", "acme/nano")}
     model |= {"fingerprint": None, "license": "apache-2.0", "window_s": 5}  # the commit says which weights
