@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from hfspeech.errors import EXIT_CODES, Interrupted, UserError, explain_errors
 from hfspeech.publish import publish
-from hfspeech.runs import is_whole_checkpoint, last_checkpoint, read_json, remove_half_written, write_json
+from hfspeech.runs import clear_half_written, is_whole_checkpoint, last_checkpoint, read_json, write_json
 from hfspeech.runs.files import lock_folder
 from hfspeech.training import trainer as trainer_module
 from hfspeech.training.trainer import _StopRequest
@@ -96,7 +96,7 @@ def test_a_torn_checkpoint_is_seen_and_the_one_before_is_used(two_checkpoints, t
         damage(run / "checkpoint-4" / name)
         assert not is_whole_checkpoint(run / "checkpoint-4")
         assert last_checkpoint(run) == str(run / "checkpoint-2"), name
-        remove_half_written(run, last_checkpoint(run))
+        clear_half_written(run, last_checkpoint(run))
         assert not (run / "checkpoint-4").exists() and (run / "checkpoint-2").exists()
 
 

@@ -19,11 +19,14 @@ mkdir -p "$OUTPUT_DIR"
 launched=$OUTPUT_DIR/.launched  # what the record says was written in this launch if it is newer
 : > "$launched"
 
-# Every process of the run gets SIGTERM, saves its part of a checkpoint and ends.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+# Every process of the run gets SIGTERM, saves its part of a checkpoint and ends. The launchers stay out of it: they would
+# end before their processes, or kill them after 30 seconds.
+asked=
+trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
 
 nodes=$SLURM_JOB_NUM_NODES
-srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' - \
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 bash -c 'trap "" TERM; exec accelerate launch --quiet --machine_rank "$SLURM_NODEID" "$@"' - \
     --config_file "${CONFIG:-recipes/launch/several_machines.yaml}" \
     --num_machines "$nodes" --num_processes "$((nodes * SLURM_GPUS_ON_NODE))" \
     --main_process_ip "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \
@@ -37,8 +40,11 @@ while kill -0 "$step" 2> /dev/null; do  # a signal ends `wait`, not what is wait
     status=$?
 done
 
-# `accelerate launch` hides how its processes ended; the record tells.
-if [ "$OUTPUT_DIR/run.json" -nt "$launched" ] && grep -q '"state": "interrupted"' "$OUTPUT_DIR/run.json"; then
+# `accelerate launch` hides how its processes ended; the record tells. A launch that nobody asked to stop and that trained
+# nothing was ended by a fault of one of its processes.
+saved=$(find "$OUTPUT_DIR" -maxdepth 1 -name 'checkpoint-*' -newer "$launched")
+if [ "$OUTPUT_DIR/run.json" -nt "$launched" ] && grep -q '"state": "interrupted"' "$OUTPUT_DIR/run.json" &&
+    [ -n "$asked$saved" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

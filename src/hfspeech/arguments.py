@@ -299,6 +299,9 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             raise UserError("Say where the run may write with --output_dir FOLDER.")
         if self.hub_token:  # every checkpoint would hold it, readable
             raise UserError("--hub_token is not taken: type `hf auth login` once, or set HF_TOKEN.")
+        for name in ("hub_merge", "hub_tag", "hub_create_pr"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise UserError(f"--{name} does nothing without --push_to_hub true: add that, or leave it out.")
         if self.max_batch_seconds not in (None, "auto"):
             self.max_batch_seconds = _positive_number(self.max_batch_seconds, "--max_batch_seconds", "or auto")
         self.choices = []
@@ -323,7 +326,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             self.choices.append(f"{'bf16' if self.bf16 else 'fp16' if self.fp16 else 'fp32'}: given")
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_num_workers()
-            self.choices.append(f"{self.dataloader_num_workers} dataloader workers: from the number of cores")
+            self.choices.append(f"dataloader workers: {self.dataloader_num_workers}, from the number of cores")
         if self.eval_strategy == "no":
             if self.early_stopping_patience is not None:
                 raise UserError("--early_stopping_patience needs evaluations: leave --eval_strategy no out.")
@@ -396,12 +399,15 @@ NOT_IDENTITY = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "use_cpu",
     "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_steps",
     "logging_strategy", "logging_first_step", "save_total_limit", "resume_from_checkpoint", "per_device_eval_batch_size",
-    "on_bad_audio", "audio_root", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token",
+    "accelerator_config", "on_bad_audio", "audio_root", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token",
     "hub_revision", "hub_always_push", "hub_merge", "hub_tag", "hub_create_pr", "project", "trackio_space_id",
 }  # fmt: skip
 
 # What `SpeechTrainingArguments` fills in by what the machine has.
 CHOSEN_BY_HARDWARE = {"bf16", "fp16", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory"}
+
+# Settings of transformers that are refused, and so never suggested.
+_REFUSED = {"hub_token", "push_to_hub_token"}
 
 # Settings that have a default and where null says something else: keep every checkpoint.
 MAY_BE_NULL = {"save_total_limit"}
@@ -477,7 +483,7 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
 
     for name, value in settings.items():
         if name not in known:
-            faults.append(f"{source}: there is no setting {name!r}.{nearest(name, known)}")
+            faults.append(f"{source}: there is no setting {name!r}.{nearest(name, known - _REFUSED)}")
         elif value is not None:
             tokens.append((str(source), _as_tokens(name, value)))
             sources[name] = str(source)
@@ -495,7 +501,8 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
             tokens.append(("command line", group))
             sources[name if name in known else name.removeprefix("no_")] = "command line"
         else:
-            faults.append(f"Command line: there is no setting --{name}.{nearest(name, known)}")
+            flags_known = [f"--{other}" for other in known - _REFUSED]
+            faults.append(f"Command line: there is no setting --{name}.{nearest(f'--{name}', flags_known)}")
     for where, group in tokens:
         try:
             _, stray = parser.parse_known_args(group)

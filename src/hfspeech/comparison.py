@@ -1,18 +1,16 @@
 """`hfspeech compare`: what differs between runs, in their settings and on the same test rows."""
 
-import json
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 
 from .arguments import NOT_IDENTITY
-from .errors import UserError
 from .metrics import paired_difference, paired_ratios
 from .publish import figure_text
 from .publish.figures import aligned, figures
 from .publish.tables import SPEECH_MEASURES
-from .runs import PREDICTIONS_FILE, find_record, read_json, read_record
+from .runs import PREDICTIONS_FILE, find_record, read_json, read_jsonl, read_record
 from .text import normalizer
 
 MEASURED_BY_ROW = {name: title for title, name, *_ in SPEECH_MEASURES if name not in ("wer", "cer")}
@@ -76,14 +74,8 @@ def _settings(record):
 
 def _read_rows(path):
     """Returns (set, id, text, which of several such) → row, of the rows that were measured after training."""
-    if not path.exists():
-        return {}
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError:
-        raise UserError(f"{path} is damaged: measure the run again, or leave it out.") from None
     seen, found = Counter(), {}
-    for row in rows:
+    for row in read_jsonl(path):
         key = row["set"], row["id"], row["text"]
         if row.get("after") is not None:
             found[*key, seen[key]] = row

@@ -370,6 +370,7 @@ def _with_stream(loader, sources, weights, retained, splits, seed):
         loader.is_carved = True
         splits["validation"] = loader.join(sources, [split], "validation", flag, num_taken)
     finished = loader.finish(splits)
+    loader.account["splits"]["train"] |= {"rows": None, "hours": None}  # a stream does not know
 
     def stream(shards, share, source, folder, columns, split):
         return StreamSource(shards, share, folder, columns, loader.filters, data_args, source.name, split)

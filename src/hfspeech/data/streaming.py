@@ -161,7 +161,7 @@ class StreamSource:
         """
         number, card, start, taken = place
         how = self.folder, self.columns, self.filters, self.data_args, self.name, self.split
-        left_out, num_barren = _LeftOut(), 0
+        left_out, num_barren = _LeftOut(self.name), 0
         while num_barren <= num_readers:  # by then it has had a part of every shard
             num_barren += 1
             for begin, block, names in self._blocks(self._deal(reader, num_readers, seed, number), card, start):
@@ -309,10 +309,13 @@ class SpeechStream(torch.utils.data.IterableDataset):
 
 
 class _LeftOut(list):
-    """The rows of a stream that its filters reject, each as [reason, row, detail]; see `rows.Dropped`."""
+    """The rows of a stream that its filters reject, each as [reason, dataset and row, detail]; see `rows.Dropped`."""
+
+    def __init__(self, dataset_name):
+        self.dataset_name = dataset_name
 
     def add(self, reason, row, detail=""):
-        self.append([reason, row, detail])
+        self.append([reason, f"{self.dataset_name}, {row}", detail])
 
 
 def _dataset(tables):

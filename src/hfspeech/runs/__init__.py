@@ -4,15 +4,16 @@ from hfspeech.runs.checkpoints import (
     DEEPSPEED_SHARDS,
     PART_FOLDER,
     PROGRESS_FILE,
+    clear_half_written,
     finish_checkpoint,
     is_whole_checkpoint,
     last_checkpoint,
     layout,
-    remove_half_written,
 )
 from hfspeech.runs.files import (
     claim_folder,
     read_json,
+    read_jsonl,
     replacing_files,
     require_space,
     write_json,
@@ -38,8 +39,8 @@ SAMPLES_FOLDER = "samples"  # speech to listen to, before and after
 
 __all__ = [
     "CHECKOUT", "DEEPSPEED_SHARDS", "PART_FOLDER", "PREDICTIONS_FILE", "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER",
-    "claim_folder", "command", "default_repo_name", "environment", "find_record", "finish_checkpoint",
-    "is_whole_checkpoint", "last_checkpoint", "layout", "open_run", "peak_rss_bytes", "read_json", "read_record",
-    "remove_half_written", "replacing_files", "require_push_allowed", "require_space", "what_is_run", "write_json",
-    "write_jsonl", "writing",
+    "claim_folder", "clear_half_written", "command", "default_repo_name", "environment", "find_record",
+    "finish_checkpoint", "is_whole_checkpoint", "last_checkpoint", "layout", "open_run", "peak_rss_bytes", "read_json",
+    "read_jsonl", "read_record", "replacing_files", "require_push_allowed", "require_space", "what_is_run",
+    "write_json", "write_jsonl", "writing",
 ]  # fmt: skip

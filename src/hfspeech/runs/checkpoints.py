@@ -9,6 +9,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hfspeech.errors import UserError
 from hfspeech.runs.files import sync, write_json
 
 PROGRESS_FILE = "progress.json"  # in each checkpoint
@@ -27,28 +28,41 @@ def last_checkpoint(output_dir, step=None):
     return None
 
 
-def remove_half_written(output_dir, last):
-    """Deletes what a killed launch left of a checkpoint: it would count among those to keep.
+def clear_half_written(output_dir, last):
+    """Deletes what a killed launch left of a checkpoint, and puts damaged ones aside: they would count among those to keep.
 
     Args:
         output_dir: of the run.
-        last: its `last_checkpoint`, or None; every later one is torn.
+        last: its `last_checkpoint`, or None; every later one is damaged, or was written by something else.
     """
-    torn = [folder for folder in _checkpoints(output_dir) if last is None or _step(folder) > _step(Path(last))]
-    for folder in [*torn, *Path(output_dir).glob(f"{PART_FOLDER}/*")]:
+    part = Path(output_dir) / PART_FOLDER
+    for folder in part.glob("*"):
         logger.warning("%s is half-written: it is deleted", folder)
-    for folder in [*torn, Path(output_dir) / PART_FOLDER]:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
+    for folder in _checkpoints(output_dir):
+        if last is None or _step(folder) > _step(Path(last)):
+            aside = folder.with_name(f"damaged-{folder.name}")
+            logger.warning("%s is half-written or damaged: it is put aside as %s", folder, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def is_whole_checkpoint(folder):
-    """Tells whether every file of a checkpoint is as it was written: none cut off, filled with zeros, or gone."""
+    """Tells whether every file of a checkpoint is as it was written: none cut off, filled with zeros, or gone.
+
+    Raises:
+        UserError: the disk does not let it be read, which says nothing of the checkpoint.
+    """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         return bool(manifest) and all(_fingerprint(folder / name) == found for name, found in manifest.items())
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
         return False
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}): see to its disk and rights, then run the same command again."
+        ) from None
 
 
 def layout(folder):

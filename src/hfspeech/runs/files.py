@@ -109,6 +109,15 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_jsonl(path):
+    """Reads one JSON object a line, or says that the file is damaged; a file that is not there has none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        raise UserError(f"{path} is damaged or cannot be read: delete its folder, or choose another.") from None
+
+
 def write_jsonl(path, rows):
     """Writes one JSON object a line, whole or not at all."""
     with _whole_file(path) as file:

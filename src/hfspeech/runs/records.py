@@ -70,8 +70,10 @@ def _claim_run(train_args):
     file = output_dir / RUN_FILE
     if train_args.push_to_hub:
         require_push_allowed(train_args)
-    if file.exists():
-        earlier = read_record(file)
+    earlier = read_record(file) if file.exists() else None
+    if earlier and earlier.get("state") == "failed" and not _has_begun(earlier, output_dir):
+        earlier = None  # a mistake in the settings ended it, and mending that makes it another run
+    if earlier:
         there, here = _identity(earlier), _identity(record)
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if differing:
@@ -83,12 +85,17 @@ def _claim_run(train_args):
                 "folder."
             )
         record = earlier
-    elif foreign := [path.name for path in output_dir.iterdir() if path.name.startswith("checkpoint-")]:
+    elif not file.exists() and (foreign := [path.name for path in output_dir.iterdir() if path.name.startswith("checkpoint-")]):
         raise UserError(
             f"{output_dir} holds {foreign[0]} of a run that has no {RUN_FILE}: choose another --output_dir."
         )
     write_json(file, record | {"state": "running"})
     end_listeners.append(functools.partial(_note_end, file))
+
+
+def _has_begun(record, output_dir):
+    """Tells whether a run has come to something that must not be lost."""
+    return "before" in record or "train" in record or any(output_dir.glob("checkpoint-*"))
 
 
 def _note_end(file, exit_code):
@@ -181,6 +188,8 @@ def _identity(record):
     settings = {name: value for name, value in record["arguments"].items() if name not in NOT_IDENTITY}
     processes = record["environment"]["processes"]
     batches = settings.pop("gradient_accumulation_steps", 1) * processes
+    if settings.get("streaming"):  # rows are dealt out batch by batch
+        return settings | {BATCHES: batches}
     rows = settings.pop("per_device_train_batch_size", None)
     if rows is None or settings.get("max_batch_seconds"):
         return settings | {BATCHES: batches}

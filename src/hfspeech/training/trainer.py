@@ -38,12 +38,13 @@ from hfspeech.runs import (
     PREDICTIONS_FILE,
     PROGRESS_FILE,
     RUN_FILE,
+    clear_half_written,
     finish_checkpoint,
     is_whole_checkpoint,
     last_checkpoint,
     peak_rss_bytes,
     read_json,
-    remove_half_written,
+    read_jsonl,
     require_space,
     what_is_run,
     write_json,
@@ -139,7 +140,9 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
         self.record_file = Path(args.output_dir) / RUN_FILE
         self.results = read_json(self.record_file) if self.record_file.exists() else {}
-        self.predictions = _read_predictions(Path(args.output_dir) / PREDICTIONS_FILE)
+        self.predictions = {
+            (row["set"], row["index"]): row for row in read_jsonl(Path(args.output_dir) / PREDICTIONS_FILE)
+        }
         self._progress = {"seconds": 0.0, "audio_seconds": 0.0}
         self._evaluation_is_due, self._stops, self._place_of_checkpoints = False, False, None
         self._bad_audio, self._left_out = {}, {}
@@ -500,7 +503,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         """
         last = [last_checkpoint(self.args.output_dir) if self.args.process_index == 0 else None]
         if self.args.process_index == 0:
-            remove_half_written(self.args.output_dir, *last)
+            clear_half_written(self.args.output_dir, *last)
         broadcast_object_list(last)
         checkpoint = self.args.resume_from_checkpoint or last[0]
         if self._most(checkpoint is not None and not Path(checkpoint).is_dir()):
@@ -511,6 +514,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             sharding.require_same_layout(checkpoint, self)
             self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
             self._bad_audio, self._left_out = self._progress["bad_audio"], self._progress["left_out"]
+            self._earlier_s = max(self._earlier_s, self._progress.get("total_seconds", 0.0))  # it may have been killed
             if self._load_finished(checkpoint):
                 return
             # Each process goes on with its share, so that the sum over the processes is right again.
@@ -521,7 +525,6 @@ class SpeechTrainer(Seq2SeqTrainer):
         if checkpoint:
             logger.info("Going on from %s", checkpoint)
             self.max_batch_seconds = self._progress.get("max_batch_seconds")
-            self._earlier_s = max(self._earlier_s, self._progress.get("total_seconds", 0.0))  # it may have been killed
             self.args.eval_on_start = self._evaluation_is_due = self._progress["evaluation_is_due"]
         self.choose_max_batch_seconds()
         set_seed(self.args.seed)  # a launch that finds the model measured has drawn fewer random numbers so far
@@ -811,17 +814,19 @@ class _Stoppable:
         self.previous = {number: signal.signal(number, self.trainer.stop_request) for number in signals}
 
     def __exit__(self, kind, error, traceback):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if kind is not KeyboardInterrupt:
-            return
-        trainer = self.trainer
-        saved = trainer._save_what_is_trained() if trainer.is_in_train else ""
-        raise Interrupted(
-            f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}",
-            trainer.stop_request.received,
-            of_all=True,
-        ) from None
+        trainer, saved = self.trainer, ""
+        try:
+            if kind is KeyboardInterrupt and trainer.is_in_train:
+                saved = trainer._save_what_is_trained()
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            raise Interrupted(
+                f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}",
+                trainer.stop_request.received,
+                of_all=True,
+            ) from None
 
 
 class _SpeechCallback(TrainerCallback):
@@ -909,11 +914,3 @@ class _ProgressLines(ProgressCallback):
         else:
             return
         self.training_bar.write(f"step {state.global_step:5d}  {text}")
-
-
-def _read_predictions(path):
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    except json.JSONDecodeError:
-        raise UserError(f"{path} is damaged: delete its folder, or choose another --output_dir.") from None
-    return {(row["set"], row["index"]): row for row in rows}
