@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import (
+    WhisperAttention,
     WhisperEncoder,
     WhisperForConditionalGeneration,
     shift_tokens_right,
@@ -19,30 +20,63 @@ CHUNK_TOKENS = 1024
 # More tokens than speech of this length has in any script: a text that has more is a loop.
 BOUND_TOKENS_PER_SECOND, BOUND_TOKENS = 25, 20
 PROMPT_TOKENS = 4  # start, language, task, no timestamps
+# The silence from the end of a short input to the end of the window is stood for by one position for each so many of the
+# window's: 46 of Whisper's 1,500.
+WINDOW_POSITIONS_PER_SILENT = 32
 
 
 class VariableLengthEncoder(WhisperEncoder):
     """Whisper's encoder for any even number of frames up to its window, at the cost of what it is given.
 
-    transformers' own insists on the full window. The position embeddings are sinusoids counted from the beginning, so
-    those of a shorter input are the first ones. At the full window this is transformers' own forward.
+    transformers' own insists on the full window. What fills it is silence, whose positions differ by their embedding
+    alone. So a few positions, evenly spread, stand for all that is left away, and each counts as often in every
+    attention as there are positions that it stands for (`WindowAttention`). Without that weight of silence a model
+    hears, and learns, something else than at the full window. There, this is transformers' own forward.
 
-    forward takes `input_features`, (batch, num_mel_bins, frames) float, and returns a `BaseModelOutput` whose
-    `last_hidden_state` is (batch, frames / 2, d_model).
+    forward takes `input_features`, (batch, num_mel_bins, frames) float, which end with 0.2 s of silence or more, or
+    with the window, and returns a `BaseModelOutput` whose `last_hidden_state` is
+    (batch, min(frames / 2 + `silent_positions`, the window's), d_model).
     """
 
     def forward(self, input_features, attention_mask=None, **kwargs):
-        positions = input_features.shape[-1] // 2
-        if positions == self.config.max_source_positions:
+        positions, window = input_features.shape[-1] // 2, self.config.max_source_positions
+        if positions == window:
             return super().forward(input_features, attention_mask, **kwargs)
         hidden = functional.gelu(self.conv1(input_features))
         hidden = functional.gelu(self.conv2(hidden)).permute(0, 2, 1)
-        hidden = hidden + self.embed_positions.weight[:positions]
+        # The last position sees the edge, unlike the silence before it, and is the last one of the window, too.
+        silent = min(silent_positions(self.config), window - positions)
+        hidden = torch.cat([hidden[:, :-1], hidden[:, -2:-1].expand(-1, silent, -1), hidden[:, -1:]], dim=1)
+        edges = torch.linspace(positions - 1, window - 1, silent + 1, dtype=torch.float64)
+        spread = ((edges[:-1] + edges[1:]) / 2).long().tolist()
+        hidden = hidden + self.embed_positions.weight[[*range(positions - 1), *spread, window - 1]]
         hidden = functional.dropout(hidden, p=self.dropout, training=self.training)
         for layer in self.layers:
             if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
                 hidden = layer(hidden, None, **kwargs)
         return BaseModelOutput(self.layer_norm(hidden))
+
+
+class WindowAttention(WhisperAttention):
+    """Attention to what a `VariableLengthEncoder` makes of a short input as if all of the window's silence were there.
+
+    Keys fewer than the window's positions are those of a short input. Of these all but the last, `silent_positions`,
+    stand for what is missing, too: a key counts w times if log w is added to its logits.
+    """
+
+    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
+        keys = hidden_states if key_value_states is None else key_value_states
+        missing, silent = self.config.max_source_positions - keys.shape[1], silent_positions(self.config)
+        if missing > 0:
+            attention_mask = keys.new_zeros(1, 1, 1, keys.shape[1])
+            attention_mask[..., -1 - silent : -1] = math.log(1 + missing / silent)
+            attention_mask = attention_mask.expand(len(hidden_states), 1, hidden_states.shape[1], -1)
+        return super().forward(hidden_states, key_value_states, past_key_values, attention_mask, **kwargs)
+
+
+def silent_positions(config):
+    """Returns how many positions stand for the silence behind a short input."""
+    return max(1, config.max_source_positions // WINDOW_POSITIONS_PER_SILENT)
 
 
 def make_fast(model):
@@ -60,6 +94,11 @@ def make_fast(model):
     """
     model.forward = types.MethodType(_forward, model)
     model.model.encoder.__class__ = VariableLengthEncoder
+    for attention in [
+        *(layer.self_attn for layer in model.model.encoder.layers),
+        *(layer.encoder_attn for layer in model.model.decoder.layers),
+    ]:
+        attention.__class__ = WindowAttention
     return model
 
 
