@@ -20,6 +20,8 @@ from hfspeech.modeling.whisper import (
     cut_at_bounds,
     decoder_input_ids,
     make_fast,
+    num_silent,
+    silent_positions,
     token_bounds,
     token_losses,
 )
@@ -83,7 +85,7 @@ def test_a_short_input_is_heard_as_at_the_full_window(batch, tuned_length):
     """Its own positions, and what the decoder makes of all of them, are nearly those of the padded recording."""
     short, full = tuned_length
     own = batch[1].shape[-1] // 2 - 1
-    assert short.shape[1] == own + 1 + 3 < full.shape[1]  # 3 of 125 positions stand for the rest
+    assert short.shape[1] == own + 4 + 1 < full.shape[1]  # 4 positions stand for the rest of 125
     assert (short[:, :own] - full[:, :own]).norm() < 0.01 * full[:, :own].norm()
     found, wanted = losses(make_fast(stock()), short, batch[2]), losses(stock(), full, batch[2])
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
@@ -91,11 +93,22 @@ def test_a_short_input_is_heard_as_at_the_full_window(batch, tuned_length):
     assert (unweighted - wanted).abs().max() > 3 * (found - wanted).abs().max()
 
 
-def test_silence_that_fits_into_the_positions_that_stand_for_it_is_stock(batch):
+@pytest.mark.parametrize("missing", [1, 4])
+def test_silence_that_is_not_longer_than_what_stands_for_it_is_stock(batch, missing):
     full = batch[0]
     with torch.no_grad():
-        almost = make_fast(stock()).model.encoder(full[..., : full.shape[-1] - 6]).last_hidden_state
+        almost = make_fast(stock()).model.encoder(full[..., : full.shape[-1] - 2 * missing]).last_hidden_state
         torch.testing.assert_close(almost, stock().model.encoder(full).last_hidden_state)
+
+
+@pytest.mark.parametrize("window", [125, 1500])
+def test_what_stands_for_silence_is_spread_evenly_and_inside(window):
+    for start in range(1, window):
+        found = silent_positions(start, window)
+        assert len(found) == min(num_silent(window), window - 1 - start)
+        assert found == sorted(set(found)) and all(start <= position < window - 1 for position in found)
+        if len(found) == num_silent(window):
+            assert sum(found) / len(found) == pytest.approx((start + window - 2) / 2, abs=1)
 
 
 def test_the_transcripts_at_the_full_window_are_stock(batch):
