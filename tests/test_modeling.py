@@ -111,6 +111,15 @@ def test_what_stands_for_silence_is_spread_evenly_and_inside(window):
             assert sum(found) / len(found) == pytest.approx((start + window - 2) / 2, abs=1)
 
 
+def test_spec_augment_leaves_the_silence_alone_that_stands_for_the_rest(batch):
+    masks = {"mask_time_prob": 0.9, "mask_time_length": 4, "mask_feature_prob": 0.0}
+    model, heard = load(apply_spec_augment=True, **masks).train(), []
+    model.model.encoder.register_forward_pre_hook(lambda m, inputs: heard.append(inputs[0]))
+    model(input_features=batch[1].clone(), labels=batch[2])  # masked in place
+    same = (heard[0] == batch[1]).all(dim=1)
+    assert same[:, -8:].all() and not same[:, :-8].all(dim=1).any()
+
+
 def test_the_transcripts_at_the_full_window_are_stock(batch):
     found = [
         model.generate(batch[0], language="en", task="transcribe", max_new_tokens=20)

@@ -23,6 +23,7 @@ PROMPT_TOKENS = 4  # start, language, task, no timestamps
 # What stands for the silence behind a short input: blocks of so many positions, because attention also looks at the next
 # neighbours, and one block for each so many positions of the window; 44 of Whisper's 1,500 positions in all.
 SILENT_BLOCK, WINDOW_PER_BLOCK = 4, 128
+SILENT_FRAMES = 8  # at the end of a short input, that silence is taken from
 
 
 class VariableLengthEncoder(WhisperEncoder):
@@ -113,6 +114,10 @@ def make_fast(model):
 def _forward(self, *args, labels=None, label_smoothing=0.0, **kwargs):
     if labels is None:
         return WhisperForConditionalGeneration.forward(self, *args, **kwargs)
+    if self.training and self.config.apply_spec_augment and "input_features" in kwargs:
+        batch, _, frames = kwargs["input_features"].shape
+        may_be_masked = torch.arange(frames, device=labels.device) < frames - SILENT_FRAMES
+        kwargs["attention_mask"] = may_be_masked.expand(batch, -1).long()  # its use is to say where SpecAugment may mask
     read = decoder_input_ids(self.config, labels)
     hidden = self.model(*args, decoder_input_ids=read, use_cache=False, **kwargs).last_hidden_state
     return Seq2SeqLMOutput(loss=token_losses(self.proj_out, hidden, labels, label_smoothing).sum())
