@@ -1,6 +1,7 @@
 """What the tests share: the shipped nano Whisper, a few shipped rows, and a way to launch a recipe as a user does."""
 
 import csv
+import itertools
 import os
 import shutil
 import subprocess
@@ -32,6 +33,11 @@ def copy_rows(target, split, count, source=NEW_DIGITS):
         writer.writeheader()
         writer.writerows(rows)
     return Path(target)
+
+
+def one_pass(stream):
+    """Returns the rows of a `SpeechStream` until a source begins anew."""
+    return list(itertools.takewhile(lambda row: not row.get("epoch"), stream))
 
 
 @pytest.fixture(scope="session")

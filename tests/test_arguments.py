@@ -20,7 +20,7 @@ from hfspeech.arguments import (
 from hfspeech.errors import UserError
 
 ALL = (DataArguments, WhisperArguments, LoraArguments, WhisperTrainingArguments)
-SHIPPED = sorted([*ROOT.glob("recipes/*/*.yaml"), *ROOT.glob("assets/*/*.yaml")])
+SHIPPED = sorted([*ROOT.glob("recipes/*_*/*.yaml"), *ROOT.glob("assets/*/*.yaml")])
 NEEDED = {"output_dir": "out", "model_name_or_path": "somewhere", "use_cpu": True}
 
 

@@ -372,7 +372,8 @@ def test_a_flag_without_a_command():
     )
     assert done.returncode == 2
     assert sentence(done.stderr) == (
-        "hfspeech: a command comes first, not --foo. Choose from check, evaluate, transcribe, synthesize."
+        "hfspeech: a command comes first, not --foo. Choose from check, evaluate, compare, reproduce, transcribe, "
+        "synthesize, push, push-dataset."
     )
 
 

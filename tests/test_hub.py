@@ -31,6 +31,7 @@ def hub(few_digits, tmp_path_factory):
         target = repos / f"datasets/acme/digits/data/{split}-00000-of-00001.parquet"
         target.parent.mkdir(parents=True, exist_ok=True)
         pa.parquet.write_table(table, target)
+    (repos / "datasets/acme/digits/README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     with LoopbackHub(repos, private=["acme/digits"]) as hub:
         yield hub
 
@@ -82,8 +83,10 @@ def test_a_run_from_the_hub_and_back(hub, tmp_path):
     assert 'revision="v1"' in code and loaded.strip() == "PeftModel"
     results = json.loads((tmp_path / "run/run.json").read_text())
     model = {"name_or_path": "acme/nano", "revision": "main", "commit": hub.commit("models", "acme/nano")}
+    model |= {"fingerprint": None, "license": "apache-2.0", "window_s": 5}  # the commit says which weights
     assert model.items() <= results["model"].items()
-    assert results["rows"]["account"]["datasets"][0]["commit"] == hub.commit("datasets", "acme/digits")
+    dataset = results["rows"]["account"]["datasets"][0]
+    assert dataset["commit"] == hub.commit("datasets", "acme/digits") and dataset["license"] == "cc-by-4.0"
     assert {"train": 24, "validation": 6, "test": 8}.items() <= results["rows"].items()
     adapter = json.loads((tmp_path / "run/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "acme/nano"

@@ -74,7 +74,7 @@ def test_from_a_folder_to_the_hub_and_back(few_digits, tmp_path):
 def manifest(folder, rows, name="train.jsonl"):
     folder.mkdir(exist_ok=True)
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return LocalSource(str(folder), folder)
+    return LocalSource(str(folder), folder, audio_root=[folder.parent])
 
 
 def noise(path, seconds=1.0, rate=8000):

@@ -1,11 +1,9 @@
 """Settings that must agree do agree."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, NANO, launch
+from conftest import DIGITS, NANO, one_pass
 from peft import PeftModel
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
@@ -58,31 +56,6 @@ def test_accumulation_changes_nothing(few_digits, tmp_path, one_batch_of_eight, 
     trainer = train(few_digits, tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     assert len(one_batch_of_eight) == 3
     np.testing.assert_allclose(curve(trainer.state.log_history), one_batch_of_eight, rtol=2e-3)
-
-
-def test_two_processes_equal_one(few_digits, tmp_path):
-    """The same steps of two batches of equal cost, the one after the other or beside it."""
-    flags = ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "no", "--save_strategy", "no"]
-    flags += ["--load_best_model_at_end", "false", "--report_to", "none", "--group_columns", "split"]
-    flags += ["--apply_spec_augment", "false"]  # its stripes are drawn in each process
-    flags += ["--lora_dropout", 0, "--max_test_samples", 20]
-    flags += ["--max_batch_seconds", 12, "--full_window_share", 0.3]
-    results = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        launch(
-            "whisper_lora", *flags, "--gradient_accumulation_steps", 2 // processes,
-            processes=processes, data=few_digits, output_dir=folder,
-        )  # fmt: skip
-        results.append(json.loads((folder / "run.json").read_text()))
-    one, two = results
-    assert two["environment"]["processes"] == 2 and len(one["train"]["log"]) == 4 + 1
-    np.testing.assert_allclose(curve(two["train"]["log"]), curve(one["train"]["log"]), rtol=2e-3)
-    assert two["train"]["audio_seconds"] == pytest.approx(one["train"]["audio_seconds"])
-    # Eight test rows over two processes with batches of 32: each row is counted once.
-    assert two["after"]["rows"] == one["after"]["rows"] == 8
-    assert two["before"]["words"] == one["before"]["words"]
-    assert two["before"]["wer"] == one["before"]["wer"]
 
 
 def test_loss_is_the_mean_over_tokens(few_digits, tmp_path):
@@ -152,7 +125,7 @@ def test_streamed_equals_loaded(few_digits):
     processor = WhisperProcessor.from_pretrained(NANO)
     loaded = load_speech(DataArguments(dataset_name=[str(few_digits)]), processor)
     streamed = load_speech(DataArguments(dataset_name=[str(few_digits)], streaming=True), processor)
-    by_id = {row["id"]: row for row in streamed["train"]}
+    by_id = {row["id"]: row for row in one_pass(streamed["train"])}
     assert len(by_id) == len(loaded["train"]) == 24
     for i in range(len(loaded["train"])):
         row = loaded["train"][i]

@@ -14,7 +14,12 @@ import torch
 from conftest import NANO
 
 from hfspeech import runs
-from hfspeech.arguments import LoraArguments, WhisperArguments, WhisperTrainingArguments, parse_arguments
+from hfspeech.arguments import (
+    LoraArguments,
+    WhisperArguments,
+    WhisperTrainingArguments,
+    parse_arguments,
+)
 from hfspeech.errors import UserError
 from hfspeech.runs import (
     RUN_FILE,
@@ -68,6 +73,40 @@ def test_many_differences_are_counted(tmp_path):
     open_run(arguments(tmp_path))
     with pytest.raises(UserError, match="and 2 more"):
         open_run(arguments(tmp_path, learning_rate=1, seed=7, max_steps=3, weight_decay=0.1, warmup_steps=9))
+
+
+def split(rows, accumulation, **settings):
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, **settings}
+
+
+@pytest.mark.parametrize("processes, rows, accumulation", [(1, 16, 1), (2, 8, 1), (2, 4, 2), (4, 1, 4)])
+def test_another_number_of_processes_is_the_same_run_if_a_step_takes_in_as_many_rows(
+    processes, rows, accumulation, tmp_path, monkeypatch
+):
+    open_run(arguments(tmp_path, **split(4, 4)))
+    here = arguments(tmp_path, **split(rows, accumulation))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    open_run(here)
+
+
+@pytest.mark.parametrize(
+    "began, here, processes, advice",
+    [
+        (split(4, 4), split(4, 4), 2, "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"),
+        (split(4, 4), split(3, 1), 2, "--per_device_train_batch_size 8 --gradient_accumulation_steps 1"),
+        (split(4, 4), split(4, 1), 3, "3 processes cannot share its steps evenly"),
+        (split(4, 4, max_batch_seconds=60), split(4, 4, max_batch_seconds=60), 2, "--gradient_accumulation_steps 2"),
+    ],
+)
+def test_another_number_of_processes_is_told_how_to_share_the_steps(
+    began, here, processes, advice, tmp_path, monkeypatch
+):
+    open_run(arguments(tmp_path, **began))
+    args = arguments(tmp_path, **here)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(UserError, match=advice) as error:
+        open_run(args)
+    assert "in a step" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_that_moved_is_the_same_run(tmp_path):

@@ -35,13 +35,13 @@ def make_trainer(
     settings |= {"save_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0, "normalizer": "basic"}
     settings["encoder_window"] = "auto"
     args = WhisperTrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
-    args.run_arguments = {}
     set_seed(args.seed)
-    model_settings = {"model_name_or_path": str(NANO), "language": "english", **(model_changes or {})}
-    model, processor = load_whisper(WhisperArguments(**model_settings))
+    model_args = WhisperArguments(**{"model_name_or_path": str(NANO), "language": "english", **(model_changes or {})})
+    model, processor = load_whisper(model_args)
     if lora:
         model = add_lora(model, LoraArguments(lora_r=4))
     data_args = DataArguments(dataset_name=[str(data)], on_bad_audio=on_bad_audio, streaming=streaming)
+    args.run_arguments = args.to_dict() | vars(data_args) | vars(model_args)
     speech = load_speech(data_args, processor, args.seed)
     speech["train"] = augment(speech["train"], speeds, processor, args.seed)
     trainer = WhisperTrainer(

@@ -47,6 +47,10 @@ class DataArguments:
     validation_share: float = field(
         default=0.05, metadata={"help": "Share of the training rows (whole speakers) carved out for validation."}
     )
+    audio_root: list[str] = field(
+        default=None,
+        metadata={"help": "Folders that the paths of a manifest may lead into, besides the manifest's own."},
+    )
     audio_column_name: str = field(default=None, metadata={"help": "Column of the audio. Default: found by itself."})
     text_column_name: str = field(default=None, metadata={"help": "Column of the text. Default: found by itself."})
     id_column_name: str = field(default=None, metadata={"help": "Column that identifies a recording."})
@@ -259,6 +263,9 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         default=True, metadata={"help": "A resumed run remembers how patient early stopping has been."}
     )
     log_level: str = field(default="error", metadata={"help": "How much transformers itself says."})
+    log_level_replica: str = field(
+        default="error", metadata={"help": "How much transformers itself says in the processes beside the first."}
+    )
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate on generated text."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows in an evaluation batch."})
     dataloader_num_workers: int = field(
@@ -323,8 +330,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
             self.load_best_model_at_end = False
             self.choices.append("the last checkpoint is kept, not the best: no evaluations")
         if self.accelerator_config is None:
-            # Every process reads a stream itself: accelerate's dispatcher can send tensors only. Batches differ in size.
-            self.accelerator_config = {"dispatch_batches": False, "even_batches": False}
+            self.accelerator_config = {"even_batches": False}  # they differ in size
         self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
         self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
         super().__post_init__()
@@ -390,8 +396,8 @@ NOT_IDENTITY = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "use_cpu",
     "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "logging_steps",
     "logging_strategy", "logging_first_step", "save_total_limit", "resume_from_checkpoint", "per_device_eval_batch_size",
-    "on_bad_audio", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token", "hub_revision",
-    "hub_always_push", "hub_merge", "hub_tag", "hub_create_pr", "project", "trackio_space_id",
+    "on_bad_audio", "audio_root", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_token",
+    "hub_revision", "hub_always_push", "hub_merge", "hub_tag", "hub_create_pr", "project", "trackio_space_id",
 }  # fmt: skip
 
 # What `SpeechTrainingArguments` fills in by what the machine has.
@@ -432,13 +438,22 @@ def parse(recipe_file, *dataclass_types, argv=None):
     return parse_arguments(read_arguments_file(arguments_file), argv, dataclass_types, source=arguments_file)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without references: a few of them can stand for gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_arguments_file(path):
     """Returns the settings of a YAML arguments file as a dict, or raises a `UserError` that names the fault."""
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise UserError(f"Cannot read the arguments file {path} ({error.strerror}): check its path.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such day, a thousand brackets
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where} is not valid YAML: write one `name: value` on each line.") from None
@@ -495,8 +510,10 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
         instances = parser.parse_args_into_dataclasses(
             [token for _, group in tokens for token in group], look_for_args_file=False
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
+    except Exception as error:  # what transformers says of a value that it cannot take, in its own words
+        raise UserError(f"{source}: {' '.join(str(error).split()) or type(error).__name__}") from None
     run_arguments = {}
     for instance in instances:
         for f in dataclasses.fields(instance):
@@ -514,7 +531,7 @@ def parse_arguments(settings, flags, dataclass_types, source="the arguments file
 # What describes one dataset and seldom fits another.
 _DATASET_SETTINGS = {
     "dataset_config_name", "dataset_revision", "dataset_weights", "train_split_name", "eval_split_name",
-    "test_split_name", "audio_column_name", "text_column_name", "id_column_name", "speaker_column_name",
+    "test_split_name", "audio_root", "audio_column_name", "text_column_name", "id_column_name", "speaker_column_name",
     "speaker_embedding_column_name", "speakers", "group_columns",
 }  # fmt: skip
 
@@ -544,7 +561,7 @@ def _group_flags(flags):
 def _as_tokens(name, value):
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+    return [f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}"]
 
 
 def _is_plain(value):

@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import stat
 import struct
+from fractions import Fraction
 
 import numpy as np
 
@@ -12,12 +14,20 @@ from hfspeech.errors import UserError
 SAMPLING_RATE = 16000
 NOT_AUDIO = "not an audio file that libsndfile or FFmpeg can read"
 
-# Block of frames read at once; FLAC fails at the block where the file was cut, which tells how much was there.
+# Block of samples read at once; FLAC fails at the block where the file was cut, which tells how much was there.
 _BLOCK = 1 << 16
 # Programs that write to a pipe leave a data size of this order in the header: it says nothing about the real one.
 _STREAMED_SIZE = 0x7FFFF000
+# A FLAC that was written to a pipe has no length in its header, where libsndfile says that it has more than these frames.
+_UNKNOWN = 1 << 53
+# What a header may claim: lower than telephones or higher than studios is a mistake, and would cost gigabytes.
+_RATES = range(1000, 384_001)
+# The resampler's filter grows with the terms of the ratio of two rates; those in use have smaller ones.
+_LARGEST_TERM = 640
 # Bytes at the beginning that hold the header of an ordinary WAV or FLAC file.
 _HEAD = 4096
+# How audio begins that FFmpeg may know better than libsndfile. It would also read playlists, and fetch what they name.
+_STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"wvpk", b"MAC ", b"ID3", b"\xff\xfb")
 # A manifest rounds its times, so a segment may end this much after the recording does.
 _SEGMENT_SLACK_S = 0.1
 
@@ -62,12 +72,18 @@ def decode(audio, sampling_rate=SAMPLING_RATE, offset_s=None, num_s=None):
         raise BadAudio("NaN or infinite samples")
     if not waveform.any():
         raise BadAudio("all samples are zero")
-    if from_rate != sampling_rate:
-        import torch
-        import torchaudio.functional
+    return _resample(waveform, from_rate, sampling_rate)
 
-        waveform = torchaudio.functional.resample(torch.from_numpy(waveform), from_rate, sampling_rate).numpy()
-    return waveform
+
+def _resample(waveform, from_rate, to_rate):
+    """Brings a waveform to another rate; a ratio such as 44,101 to 16,000 is rounded, by less than 1 in 1,000."""
+    if from_rate == to_rate:
+        return waveform
+    import torch
+    import torchaudio.functional
+
+    ratio = Fraction(from_rate, to_rate).limit_denominator(_LARGEST_TERM)
+    return torchaudio.functional.resample(torch.from_numpy(waveform), ratio.numerator, ratio.denominator).numpy()
 
 
 def duration_s(audio):
@@ -90,11 +106,10 @@ def duration_s(audio):
                 waveform, rate = _decode_with_ffmpeg(audio)
                 seconds = len(waveform) / rate
             return float(seconds)
-        if file.frames >= 1 << 53:  # the header of a streamed FLAC does not know
-            return len(_read(file, None, None)) / file.samplerate
-        if file.frames == 0:
+        num_frames = sum(map(len, _blocks(file))) if file.frames >= _UNKNOWN else file.frames
+        if num_frames == 0:
             raise BadAudio("0 samples")
-        return file.frames / file.samplerate
+        return num_frames / file.samplerate
 
 
 def sampling_rate_of(audio):
@@ -175,13 +190,13 @@ class _open:
             _check_last_ogg_page(self.audio, size)
         try:
             is_path = isinstance(self.audio, (str, os.PathLike))
-            self.file = soundfile.SoundFile(os.fspath(self.audio) if is_path else io.BytesIO(self.audio))
+            self.file = soundfile.SoundFile(os.fspath(self.audio) if is_path else _Content(self.audio))
         except soundfile.LibsndfileError:
             known = head[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS")
             if known and size < 4096:
                 raise BadAudio(f"truncated: only {size} bytes") from None
             container = _ffmpeg_container(head)
-            if container is None and _torchcodec() is None:
+            if container is None and (_torchcodec() is None or not head.startswith(_STARTS)):
                 raise BadAudio(NOT_AUDIO) from None
             if _torchcodec() is None:
                 raise UserError(
@@ -202,15 +217,30 @@ class _open:
             self.file.close()
 
 
+class _Content(io.BytesIO):
+    """Bytes in which a damaged header may send libsndfile before the beginning: it stays where it is."""
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
 def _head(audio):
     """Returns the first bytes of a recording, and how many it has in all."""
     if isinstance(audio, (bytes, bytearray, memoryview)):
         head, size = bytes(audio[:_HEAD]), len(audio)
+    elif audio is None:
+        raise BadAudio("neither bytes nor a path")
     else:
         try:
+            status = os.stat(audio)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                raise BadAudio("not a file")
             with open(audio, "rb", buffering=0) as file:
-                head, size = file.read(_HEAD), os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
+                head, size = file.read(_HEAD), status.st_size
+        except (FileNotFoundError, ValueError):  # or a name that no file can have
             raise BadAudio("no such file") from None
         except OSError as error:
             raise BadAudio(f"cannot be read ({error.strerror})") from None
@@ -235,7 +265,7 @@ def _plain_duration_s(head, size):
         tag, channels, rate, _, frame_size, bits = struct.unpack_from("<HHIIHH", head, 20)
         is_pcm = (tag, bits) in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32)) and 8 * frame_size == channels * bits > 0
         is_whole = riff_size + 8 == size and start + 8 + data_size <= size
-        if is_pcm and is_whole and 0 < rate < 1 << 20 and data_size >= frame_size:
+        if is_pcm and is_whole and rate in _RATES and data_size >= frame_size:
             return data_size // frame_size / rate
     elif head[:4] == b"fLaC" and head[5:8] == b"\0\0\x22":  # the first block is STREAMINFO, of 34 bytes
         start, is_last = 4, False
@@ -244,13 +274,14 @@ def _plain_duration_s(head, size):
             start += 4 + int.from_bytes(head[start + 1 : start + 4], "big")
         rate_to_frames = int.from_bytes(head[18:26], "big")  # 20 bits of rate, 8 of channels and depth, 36 of frames
         rate, num_frames = rate_to_frames >> 44, rate_to_frames & ((1 << 36) - 1)
-        if is_last and start < size and rate and num_frames:
+        if is_last and start < size and rate in _RATES and num_frames:
             return num_frames / rate
     return None
 
 
 def _check_header(file):
     """Finds what libsndfile notes but forgives: a data chunk that is longer than the file (WAV, W64, RF64, AIFF)."""
+    _check_rate(file.samplerate)
     log = file.extra_info
     if found := re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log):
         says, has = (int(group) for group in found.groups())
@@ -261,6 +292,11 @@ def _check_header(file):
         raise BadAudio(f"truncated: header says {found[2]} samples, {found[1]} decoded")
     if "riff : " in log and re.search(r"riff : \d+ \(should be", log):
         raise BadAudio("truncated: the file is shorter than its header says")
+
+
+def _check_rate(rate):
+    if rate not in _RATES:
+        raise BadAudio(f"a sampling rate of {rate} Hz, which is not one of speech")
 
 
 def _check_last_ogg_page(audio, size):
@@ -284,27 +320,34 @@ def _check_last_ogg_page(audio, size):
 
 def _read(file, offset_s, num_s):
     """Reads a segment of an open SoundFile as mono float32 at the file's own rate."""
+    blocks = list(_blocks(file, offset_s, num_s))
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _blocks(file, offset_s=None, num_s=None):
+    """Yields a segment of an open SoundFile block by block, so that memory goes by what is there and not what is said."""
     import soundfile
 
     start = round((offset_s or 0) * file.samplerate)
     if start >= file.frames > 0:
         raise BadAudio(f"the segment at {offset_s:g} s starts after the recording ends")
     wanted = file.frames - start if num_s is None else min(round(num_s * file.samplerate), file.frames - start)
-    blocks, num_read = [], 0
+    if file.frames >= _UNKNOWN:  # soundfile seeks to the end of what it has read, which libsndfile cannot find there
+        file.seekable = lambda: False
+    num_read, block_size = 0, max(1, _BLOCK // file.channels)
     try:
         if start:
             file.seek(start)
         while num_read < wanted:
-            block = file.read(min(_BLOCK, wanted - num_read), dtype="float32", always_2d=True)
+            block = file.read(min(block_size, wanted - num_read), dtype="float32", always_2d=True)
             if len(block) == 0:
                 break
-            blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
             num_read += len(block)
+            yield block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
     except soundfile.LibsndfileError:
         raise BadAudio(f"truncated: header says {file.frames} samples, {start + num_read} decoded") from None
-    if num_read < wanted < 1 << 53:
+    if num_read < wanted and file.frames < _UNKNOWN:
         raise BadAudio(f"truncated: header says {file.frames} samples, {start + num_read} decoded")
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
 def _ffmpeg_container(head):
@@ -341,4 +384,5 @@ def _decode_with_ffmpeg(audio):
         samples = _ffmpeg_decoder(audio).get_all_samples()
     except RuntimeError as error:
         raise BadAudio(f"truncated or damaged ({str(error).splitlines()[0]})") from None
+    _check_rate(samples.sample_rate)
     return samples.data.mean(dim=0).numpy(), samples.sample_rate

@@ -11,7 +11,7 @@ def augment(dataset, speeds, processor, seed=42):
     """Plays each training row at a speed drawn at random, which moves tempo and pitch together, as tape does.
 
     Args:
-        dataset: training rows as `load_speech` returns them, a `SpeechDataset` or a stream.
+        dataset: training rows as `load_speech` returns them, a `SpeechDataset` or a `SpeechStream`.
         speeds: list of float such as [0.9, 1.0, 1.1] (Ko et al. 2015, "Audio augmentation for speech recognition"),
             or None for no change.
         processor: the model's processor; a row that would outgrow its window keeps its speed.
@@ -22,11 +22,8 @@ def augment(dataset, speeds, processor, seed=42):
     """
     if not speeds:
         return dataset
-    perturbation = SpeedPerturbation(speeds, seed, processor.feature_extractor.chunk_length)
-    if hasattr(dataset, "transforms"):
-        dataset.transforms.append(perturbation)
-        return dataset
-    return dataset.map(perturbation)
+    dataset.transforms.append(SpeedPerturbation(speeds, seed, processor.feature_extractor.chunk_length))
+    return dataset
 
 
 class SpeedPerturbation:

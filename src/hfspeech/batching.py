@@ -39,7 +39,7 @@ class WhisperCollator:
 
     Calling it with a list of rows (dicts with `index`, `row`, `id`, `waveform` float32 at the processor's sampling rate
     or None, `text`, `duration_s`; where `waveform` is None `bad_audio` or `fatal` says why, or `is_encoded` that the
-    encoder's output is known already; rows of a stream also have `left_out`) returns a dict:
+    encoder's output is known already; rows of a stream also have `left_out` and `place`) returns a dict:
         input_features: (batch, num_mel_bins, frames) float32, the waveforms followed by silence up to the longest
             `padded_s` of the rows, or to the whole window if they have none; without the rows that are encoded already,
             and missing if all of them are.
@@ -51,6 +51,7 @@ class WhisperCollator:
         bad_audio: list of str, a sentence for every row left out of this batch.
         left_out: list of [reason, row, detail], the rows of a stream that its filters rejected.
         fatal: list of str, the faults that have to stop the run.
+        place: of a stream, where its reader goes on after this batch.
     A batch without a good row has a short silence for features and nothing but -100 for labels: every process must
     take part in every step.
     """
@@ -89,6 +90,7 @@ class WhisperCollator:
             "bad_audio": bad_audio,
             "left_out": [entry for row in rows for entry in row.get("left_out") or []],
             "fatal": [row["fatal"] for row in rows if row.get("fatal")],
+            "place": rows[-1].get("place") if rows else None,
         }
 
     def _too_long(self, row):
@@ -240,8 +242,11 @@ class LengthBatchSampler(torch.utils.data.Sampler):
 
     Every pass shuffles the rows, cuts them into pools of `pool_steps` optimizer steps, sorts each pool by length, cuts
     it into whole steps and draws these in random order. Rows that fill no step wait for the next pool; at the end of a
-    pass they make short steps, and less than one row for each batch waits for the next pass. An epoch is as many steps
-    as the first pass has. The order depends on the settings, the seed and the epoch only.
+    pass they make short steps. An epoch is as many steps as the first pass has. The order depends on the settings, the
+    seed and the epoch only.
+
+    A step's rows are the same however many batches of `batch_size` share them: 8 rows in one batch, or 4 in each of
+    two. A short step may leave a batch one row fewer than its neighbours, or none.
 
     Yields lists of (row number, seconds to pad the waveform to).
 
@@ -298,7 +303,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
     def __iter__(self):
         first = self.epoch * self.steps_per_epoch
         for _, padded_s, rows in itertools.islice(self._steps(), first, first + self.steps_per_epoch):
-            for batch in np.split(rows, self.batches_per_step):
+            for batch in np.array_split(rows, self.batches_per_step):
                 yield [(row, padded_s) for row in batch.tolist()]
 
     def _steps(self):
@@ -309,7 +314,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
             generator = np.random.default_rng((self.seed, number))
             order = generator.permutation(len(self.lengths_s))
             pools = np.split(order, range(self.pool_rows, len(order), self.pool_rows))
-            while pools or len(waiting) >= self.batches_per_step:
+            while pools or len(waiting):
                 pool = pools.pop(0) if pools else np.empty(0, int)
                 steps, waiting = self._cut(np.concatenate([waiting, pool]), with_short_steps=not pools)
                 for place in generator.permutation(len(steps)):
@@ -317,13 +322,13 @@ class LengthBatchSampler(torch.utils.data.Sampler):
                     padded_s = self._padded_s(rows, generator.uniform(*self.tail_s))
                     share = self.full_window_share
                     if math.floor((num_steps + 1) * share + phase) > math.floor(num_steps * share + phase):
-                        per_batch = max(1, int(len(rows) / self.batches_per_step * padded_s / self.window_s))
-                        rows, rest = np.split(rows, [per_batch * self.batches_per_step])
+                        # Seconds are counted for each batch, which has to fit in memory; rows for the step as a whole.
+                        parts = self.batches_per_step if self.max_batch_seconds else 1
+                        per_part = max(1, int(len(rows) / parts * padded_s / self.window_s))
+                        rows, rest = np.split(rows, [per_part * parts])
                         waiting, padded_s = np.concatenate([waiting, rest]), self.window_s
                     num_steps += 1
                     yield number, padded_s, rows
-                if not pools and not steps:  # of each length too few rows are left for a step
-                    break
 
     def _cut(self, rows, with_short_steps):
         """Cuts rows, the longest first, into steps; returns these and the rows that are left."""
@@ -336,13 +341,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
             if self.same_length:
                 step = step[self.sort_by[step] == self.sort_by[step[0]]]
             start += len(step)
-            if len(step) < size:
-                step, left = np.split(
-                    step, [len(step) // self.batches_per_step * self.batches_per_step * with_short_steps]
-                )
-                rest.append(left)
-            if len(step):
-                steps.append(step)
+            (steps if len(step) == size or with_short_steps else rest).append(step)
         return steps, np.concatenate([*rest, np.empty(0, int)])
 
     def _padded_s(self, rows, tail_s):
@@ -394,7 +393,7 @@ class StreamLength:
         self.window_s, self.batch_size, self.share, self.seed = window_s, batch_size, full_window_share, seed
 
     def __call__(self, row):
-        generator = np.random.default_rng((self.seed, row["row"]))
+        generator = np.random.default_rng((self.seed, row["epoch"], row["index"]))
         if generator.random() < self.share / self.batch_size:
             return {**row, "padded_s": float(self.window_s)}
         return {**row, "padded_s": min(row["duration_s"] + generator.uniform(*TRAIN_TAIL_S), self.window_s)}

@@ -5,7 +5,12 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
+
+# Seconds that the other processes leave the first one to say what all of them may have to say, a wrong flag for
+# example: the launcher then ends them.
+FIRST_SAYS_IT_S = 10
 
 # How a program ends that was stopped: 75 is "try again" (EX_TEMPFAIL of sysexits.h), 130 is every shell's Ctrl-C.
 EXIT_CODES = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 130}
@@ -19,16 +24,21 @@ class UserError(Exception):
 
     Args:
         message: one sentence (or one line for each fault) that says what is wrong, where, and what to type next.
+        of_all: whether all processes of the run end by it, having agreed on it: the first one says it.
     """
 
     exit_code = 2
+
+    def __init__(self, message, of_all=False):
+        super().__init__(message)
+        self.of_all = of_all
 
 
 class Interrupted(UserError):
     """Training was stopped by Ctrl-C or SIGTERM; the message says what was saved and how to go on."""
 
-    def __init__(self, message, signum=signal.SIGINT):
-        super().__init__(message)
+    def __init__(self, message, signum=signal.SIGINT, of_all=False):
+        super().__init__(message, of_all)
         self.exit_code = EXIT_CODES[signum]
 
 
@@ -49,12 +59,15 @@ def explain_errors(main):
             code = 0
             return value
         except UserError as error:
-            from tqdm import tqdm
-
-            rank = int(os.environ.get("RANK", 0))
-            # Not print: the sentence would stand at the end of a progress bar.
-            tqdm.write(f"process {rank}: {error}" if rank else str(error), file=sys.stderr)
-            code = error.exit_code
+            if error.of_all and _rank():
+                code = 0  # else the launcher might end the first process before it has said why
+            else:
+                _tell(str(error))
+                code = error.exit_code
+        except RuntimeError as error:
+            if not _is_lost_peer(error):
+                raise
+            _tell("Another process of this run has ended, and says why. Run the same command again to go on.")
         except KeyboardInterrupt as stop:
             print("Stopped." + " Run the same command again to go on." * bool(end_listeners), file=sys.stderr)
             code = EXIT_CODES[stop.args[0] if stop.args else signal.SIGINT]
@@ -75,6 +88,29 @@ def _terminate(signum, frame):
     raise KeyboardInterrupt(signum)
 
 
+def _rank():
+    """Returns the number of this process among those of its run."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _tell(sentence):
+    """Writes a sentence on stderr; if all processes of a run have come to the same end, the first one does."""
+    from tqdm import tqdm
+
+    if _rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(FIRST_SAYS_IT_S)
+        sentence = f"process {_rank()}: {sentence}"
+    # Not print: the sentence would stand at the end of a progress bar.
+    tqdm.write(sentence, file=sys.stderr)
+
+
+def _is_lost_peer(error):
+    """Tells whether a collective failed because another process is gone: gloo's words, and NCCL's class."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return type(error).__name__ == "DistBackendError" or any(word in str(error) for word in words)
+
+
 def nearest(name, known):
     """Returns the entry of `known` that `name` most likely means, as ` Did you mean X?`, or an empty string."""
     import difflib
@@ -91,4 +127,4 @@ def _show_progress_notes():
     logger.handlers, logger.propagate = [handler], False
     # Libraries warn one another through the user's terminal, who can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logger.setLevel(logging.WARNING if int(os.environ.get("RANK", 0)) else logging.INFO)
+    logger.setLevel(logging.WARNING if _rank() else logging.INFO)

@@ -165,6 +165,27 @@ def gated(name, repo_type):
     )
 
 
+def stated_license(card):
+    """Returns the license that the head of a repository's card states, several with commas between, or None.
+
+    Args:
+        card: the head as a dict or a `CardData`, or None.
+    """
+    found = (card or {}).get("license") or []
+    return ", ".join(map(str, found if isinstance(found, list) else [found])) or None
+
+
+def license_in(readme):
+    """Returns the license that the head of a README.md states, or None if there is no such file or head."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        return stated_license(metadata_load(readme))
+    except (OSError, ValueError, yaml.YAMLError):  # a README of another kind
+        return None
+
+
 def fetch_file(repo_id, filename, repo_type="model", revision=None, missing_ok=False):
     """Downloads one file of a repository into the cache.
 

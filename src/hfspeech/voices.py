@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from .audio import SAMPLING_RATE, log_mel_spectrogram
 from .data.rows import SPEAKER_EMBEDDING_DIM as DIM
 from .errors import UserError
-from .models.loading import best_device, hub_commit, loading, resolve
+from .models.loading import best_device, hub_commit, loading, read_any_config, resolve
 
 MEL_STATISTICS = "mel_statistics"
 UTTERANCES = 10  # recordings of a speaker that its embedding is the mean of
@@ -42,7 +43,8 @@ def load_speaker_encoder(name, revision="main"):
     """
     if name == MEL_STATISTICS:
         return MelStatistics()
-    if name.startswith("speechbrain/"):
+    # SpeechBrain runs what the encoder's hyperparams.yaml says, so it may be its own organisation's alone, no folder here.
+    if re.fullmatch(r"speechbrain/[\w.-]+", name) and not Path(name).exists():
         return SpeechBrainEncoder(name)
     return XVectorEncoder(name, revision)
 
@@ -84,19 +86,20 @@ class XVectorEncoder:
     """Speaker embeddings of a `WavLMForXVector`, remembered on disk by what was heard."""
 
     def __init__(self, name, revision="main"):
-        from transformers import AutoConfig, AutoFeatureExtractor, WavLMForXVector
+        from transformers import AutoFeatureExtractor, WavLMForXVector
 
         self.name = name
         source = resolve(name)
         with loading(source, revision, "WavLMForXVector"):
-            kind = AutoConfig.from_pretrained(source, revision=revision).model_type
-            if kind != "wavlm":
+            config = read_any_config(source, revision)
+            if config.model_type != "wavlm":
                 raise UserError(
-                    f"--speaker_encoder {name} is a {kind} model, not a WavLM: give one such as "
+                    f"--speaker_encoder {name} is a {config.model_type} model, not a WavLM: give one such as "
                     "microsoft/wavlm-base-plus-sv, or mel_statistics."
                 )
-            self.extractor = AutoFeatureExtractor.from_pretrained(source, revision=revision)
-            self.model = WavLMForXVector.from_pretrained(source, revision=revision).eval().to(best_device())
+            self.extractor = AutoFeatureExtractor.from_pretrained(source, revision=revision, trust_remote_code=False)
+            model = WavLMForXVector.from_pretrained(source, config=config, revision=revision, use_safetensors=True)
+            self.model = model.eval().to(best_device())
             self.hub_commit = hub_commit(source, revision)
         if self.model.config.xvector_output_dim != DIM:
             raise UserError(
@@ -162,7 +165,7 @@ class _Cache:
         waveform = np.ascontiguousarray(waveform, dtype=np.float32)
         path = self.folder / f"{hashlib.blake2b(waveform.tobytes(), digest_size=16).hexdigest()}.npy"
         try:
-            return torch.from_numpy(np.load(path))
+            return torch.from_numpy(np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError):
             found = make(waveform)
         try:

@@ -1,5 +1,5 @@
-"""The `hfspeech` command: check a run before paying for it, evaluate any Whisper, transcribe recordings, speak texts
-with any SpeechT5, and push runs and datasets to the Hub.
+"""The `hfspeech` command: check a run before paying for it, compare runs and make them once more, evaluate any Whisper,
+transcribe recordings, speak texts with any SpeechT5, and push runs and datasets to the Hub.
 
 Each command is a module here with `run(args)`, imported when the command is called, so that `hfspeech --help` answers
 at once.
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser():
     parser = _Parser(
         prog="hfspeech",
-        description="Fine-tune Whisper and SpeechT5: check, evaluate, transcribe, synthesize, push.",
+        description="Fine-tune Whisper and SpeechT5: check, evaluate, transcribe, synthesize, compare, reproduce, push.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
@@ -75,6 +75,9 @@ def _build_parser():
     evaluate.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
     evaluate.add_argument("--dataset_revision", help="branch, tag or commit of the Hub dataset")
     evaluate.add_argument("--split", default="test", help="split to evaluate on (default: test)")
+    evaluate.add_argument(
+        "--audio_root", nargs="+", help="folders that a manifest's paths may lead into, besides its own"
+    )
     evaluate.add_argument("--audio_column_name", help="column of the audio (default: found by itself)")
     evaluate.add_argument("--text_column_name", help="column of the text (default: found by itself)")
     evaluate.add_argument("--speaker_column_name", help="column of the speaker, for the intervals")
@@ -172,6 +175,9 @@ def _build_parser():
         help="from spectrogram to sound: hifigan, griffin_lim, or a SpeechT5HifiGan (default: the model's own, or hifigan)",
     )
     synthesize.add_argument("--language", help="language of the text (default: the model's own, or en)")
+    synthesize.add_argument(
+        "--audio_root", nargs="+", help="folders that a table's voices may lie in, besides its own"
+    )
     synthesize.add_argument("--speaker_encoder", help="what listens to --voice (default: the model's own)")
     synthesize.add_argument("--batch_size", type=_positive, default=8, help="sentences spoken at once (default: 8)")
     synthesize.add_argument("--model_revision", default="main", help="branch, tag or commit of the model on the Hub")
@@ -209,6 +215,9 @@ def _build_parser():
     push_dataset.add_argument("--audio_column_name", help="column of the audio (default: found by itself)")
     push_dataset.add_argument("--text_column_name", help="column of the text (default: found by itself)")
     push_dataset.add_argument("--speaker_column_name", help="column of the speaker (default: found by itself)")
+    push_dataset.add_argument(
+        "--audio_root", nargs="+", help="folders that a manifest's paths may lead into, besides its own"
+    )
     for command, noun in ((push, "model"), (push_dataset, "dataset")):
         command.add_argument("--private", action="store_true", default=None, help=f"make the {noun} private")
         command.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")

@@ -23,6 +23,7 @@ def run(args):
         dataset_name=[args.dataset_name],
         dataset_config_name=args.dataset_config_name and [args.dataset_config_name],
         dataset_revision=args.dataset_revision and [args.dataset_revision],
+        audio_root=args.audio_root,
         audio_column_name=args.audio_column_name,
         text_column_name=args.text_column_name,
         speaker_column_name=args.speaker_column_name,

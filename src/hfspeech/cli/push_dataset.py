@@ -16,5 +16,6 @@ def run(args):
         args.revision,
         args.tag,
         {name: value for name in names if (value := getattr(args, name))},
+        args.audio_root or (),
     )
     return 0

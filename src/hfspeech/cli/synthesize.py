@@ -13,7 +13,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from hfspeech.audio import SAMPLING_RATE, BadAudio, decode, write
 from hfspeech.cli import AUDIO_SUFFIXES
-from hfspeech.data.sources import read_table
+from hfspeech.data.sources import AudioFolder, read_table
 from hfspeech.errors import UserError, nearest
 from hfspeech.models.loading import enough_memory, quiet_transformers
 from hfspeech.models.speecht5 import load_speecht5_for_inference
@@ -210,7 +210,7 @@ class _Voices:
     """Whose voice speaks a row: the one that was asked for, else the row's own, else the model's only one.
 
     Args:
-        args: `voice`, `speaker`, `speaker_embedding`, of which one at most is given; `speaker_encoder`.
+        args: `voice`, `speaker`, `speaker_embedding`, of which one at most is given; `speaker_encoder`; `audio_root`.
         rows: list of dicts that may have `voice` (a recording, its path from the table's folder) and `speaker`.
         dim: numbers of an embedding.
         settings, speakers: as `load_speecht5_for_inference` returns them.
@@ -218,6 +218,7 @@ class _Voices:
 
     def __init__(self, args, rows, dim, settings, speakers):
         self.args, self.dim, self.speakers, self.heard, self.encoder = args, dim, speakers, {}, None
+        self.folder = AudioFolder(args.file.parent, args.audio_root or []) if args.file else None
         self.given = None
         is_given = args.speaker or args.speaker_embedding
         if args.voice or not is_given and any(row.get("voice") for row in rows):
@@ -237,7 +238,10 @@ class _Voices:
         if self.given:
             return self.given
         if row.get("voice"):
-            return row["voice"], self._of_recording(self.args.file.parent / row["voice"])
+            path = self.folder.find(row["voice"])
+            if not self.folder.holds(path):
+                raise UserError(self.folder.refusal("The voice", [path]))
+            return row["voice"], self._of_recording(Path(path))
         if row.get("speaker"):
             return row["speaker"], self._of_speaker(row["speaker"])
         if len(self.speakers) == 1:

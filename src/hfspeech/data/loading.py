@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 from collections import Counter
 
@@ -19,11 +20,20 @@ from hfspeech.data.rows import (
     SpeechDataset,
     SpokenTextFilters,
     find_columns,
+    is_audio,
     read_rows,
     undecoded,
 )
 from hfspeech.data.sources import open_source
-from hfspeech.data.streaming import CARVED_ROWS, EVAL_ROWS, decode_stream, mix_streams, stream_rows, take_rows
+from hfspeech.data.streaming import (
+    CARVED_ROWS,
+    EVAL_ROWS,
+    SpeechStream,
+    StreamSource,
+    first_rows,
+    shards_of,
+    shards_to_train_on,
+)
 from hfspeech.errors import UserError, nearest
 from hfspeech.spelling import unknown_report
 
@@ -39,8 +49,8 @@ class SpeechSplits(dict):
 
     Attributes:
         account: JSON-able dict: `datasets` (name, commit or path of each) and `splits`, for each split the number of
-            `rows`, their `hours`, their `fingerprint` (see there; a streamed split has none), and `dropped`: reason →
-            `count` and `example`.
+            `rows`, their `hours`, their `speakers` (None where they are not known), their `fingerprint` (see there; a
+            streamed split has none), and `dropped`: reason → `count` and `example`.
     """
 
     def __init__(self, splits, account):
@@ -56,9 +66,9 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448, front_
     has its share and every row is used at least once. Validation is carved from train, whole speakers where there is
     a speaker column, if no dataset has it. `max_*_samples` count in each dataset and split, before the filters.
 
-    When streaming, train is a `datasets.IterableDataset` of the same decoded rows, filtered as they come; validation
-    and test are read into memory. The account of train starts empty then: what the filters reject is listed in
-    `left_out` of the next row that they let through, because rows may be read in other processes.
+    When streaming, train is a `SpeechStream` of the same decoded rows, filtered as they come; validation and test are read
+    into memory. The account of train starts empty then: what the filters reject is listed in `left_out` of the next row
+    that they let through, because rows may be read in other processes.
 
     Args:
         data_args: the `DataArguments`.
@@ -87,6 +97,8 @@ def load_speech(data_args, processor=None, seed=42, max_label_length=448, front_
     splits = {"validation": evals, "test": tests}
     retained = None
     if data_args.retention_dataset_name:
+        if not 0 <= data_args.retention_share < 1:
+            raise UserError(f"--retention_share has to lie between 0 and 1, not at {data_args.retention_share:g}.")
         retained = loader.open(
             [data_args.retention_dataset_name],
             data_args.retention_dataset_config_name,
@@ -168,7 +180,7 @@ class _Loader:
         configs = _one_each(configs, names, f"{flags}_config_name")
         revisions = _one_each(revisions, names, f"{flags}_revision")
         sources = [
-            open_source(name, config, revision, self.data_args.streaming, flags)
+            open_source(name, config, revision, self.data_args.streaming, flags, self.data_args.audio_root or [])
             for name, config, revision in zip(names, configs, revisions)
         ]
         self.account["datasets"] += [source.record for source in sources]
@@ -185,6 +197,7 @@ class _Loader:
             if rows is not None:
                 if rows.column_names is None:  # a stream of unknown features
                     rows = rows._resolve_features()
+                rows = _without_other_media(rows)
                 lenient = len(self.account["datasets"]) > 1
                 found.append((source, rows, folder, find_columns(rows, self.data_args, source.name, lenient)))
         names = list(dict.fromkeys(name for source in sources for name in source.split_names))
@@ -219,7 +232,8 @@ class _Loader:
                 continue
             rows, folder, columns = found[id(source)]
             if self.data_args.streaming:
-                rows = take_rows(rows, columns, folder, max_samples or EVAL_ROWS)
+                shards = shards_of(rows, columns.audio, f"{source.name}, {split}")
+                rows, _ = first_rows(shards, max_samples or EVAL_ROWS)
                 if max_samples is None and len(rows) == EVAL_ROWS:
                     self.note(
                         f"{source.name}, {split}: streaming, so only the first {EVAL_ROWS} rows are used; "
@@ -266,6 +280,8 @@ class _Loader:
             entry["rows"] = len(rows)
             entry["hours"] = round(sum(rows["duration_s"][:]) / 3600, 4)
             entry["fingerprint"] = fingerprint(rows)
+            speakers = set(rows["speaker"][:])
+            entry["speakers"] = None if None in speakers else len(speakers)
             finished[name] = SpeechDataset(_unique_ids(rows).remove_columns(list(HIDDEN)))
         self.log()
         return SpeechSplits(finished, self.account)
@@ -278,6 +294,15 @@ class _Loader:
                 logger.info("%s: %d rows, %s", name, entry["rows"], length)
             for reason, left_out in entry["dropped"].items():
                 logger.info("%s: %d left out, %s, such as %s", name, left_out["count"], reason, left_out["example"])
+
+
+def _without_other_media(rows):
+    """Leaves out pictures, films and the like: to look at such a row, `datasets` opens the file or URL that it names."""
+    from datasets.features.features import require_decoding
+
+    features = rows.features or {}
+    media = [name for name, f in features.items() if require_decoding(f) and not is_audio(features, name)]
+    return rows.remove_columns(media) if media else rows  # a stream would pass each row through Python
 
 
 def _filters_of_whisper(data_args, processor, max_label_length):
@@ -323,40 +348,46 @@ def _check_sampling_rates(splits, account):
 def _with_stream(loader, sources, weights, retained, splits, seed):
     """Finishes a streamed run: validation carved from the first rows if need be, then the stream of the rest."""
     data_args = loader.data_args
-    found = loader.raw(sources, data_args.train_split_name, "--train_split_name")
-    num_skipped = 0
+    split, flag = data_args.train_split_name, "--train_split_name"
+    found = loader.raw(sources, split, flag)
+    shards = [shards_of(rows, columns.audio, f"{source.name}, {split}") for source, rows, _, columns in found]
+    counts = [[0]] * len(found)
     if splits["validation"] is None:
-        num_skipped = data_args.max_eval_samples or CARVED_ROWS
-        for _, rows, folder, columns in found:
-            num_there = len(take_rows(rows, columns, folder, num_skipped + 1))
-            if num_there <= num_skipped:  # a small dataset: leave rows to train on
-                num_skipped = max(1, round(data_args.validation_share * num_there))
+        num_taken = data_args.max_eval_samples or CARVED_ROWS
+        first = [first_rows(part, num_taken + 1)[1] for part in shards]
+        for count in map(sum, first):
+            if count <= num_taken:  # a small dataset: leave rows to train on
+                num_taken = max(1, round(data_args.validation_share * count))
+        # Of the rows that were counted in each shard, those that are among the first so many.
+        counts = [
+            [min(max(num_taken - before, 0), count) for before, count in zip(itertools.accumulate(c, initial=0), c)]
+            for c in first
+        ]
         loader.note(
-            f"No validation split: the first {num_skipped} rows of each training stream are taken for it, "
+            f"No validation split: the first {num_taken} rows of each training stream are taken for it, "
             "whoever speaks."
         )
         loader.is_carved = True
-        splits["validation"] = loader.join(
-            sources, [data_args.train_split_name], "validation", "--train_split_name", num_skipped
-        )
+        splits["validation"] = loader.join(sources, [split], "validation", flag, num_taken)
     finished = loader.finish(splits)
 
-    def stream(source, rows, folder, columns, split, num_skipped=0, max_samples=None):
-        if num_skipped:
-            rows = rows.skip(num_skipped)
-        if max_samples is not None:
-            rows = rows.take(max_samples)
-        return stream_rows(rows, folder, columns, loader.filters, data_args, source.name, split, seed)
+    def stream(shards, share, source, folder, columns, split):
+        return StreamSource(shards, share, folder, columns, loader.filters, data_args, source.name, split)
 
-    split = data_args.train_split_name
-    streams = [stream(*part, split, num_skipped, data_args.max_train_samples) for part in found]
-    weights = weights and [w for w, source in zip(weights, sources) if any(source is part[0] for part in found)]
-    train = mix_streams(streams, weights, seed)
-    if retained and data_args.retention_share > 0:
-        split, share = data_args.retention_train_split_name, data_args.retention_share
-        old = [stream(*part, split) for part in loader.raw(retained, split, "--retention_train_split_name")]
-        train = mix_streams([train, *old], [1 - share, share], seed)
-    return SpeechSplits({"train": decode_stream(train, splits), **finished}, loader.account)
+    weights = dict(zip(map(id, sources), weights or [1] * len(sources)))
+    total = sum(weights[id(source)] for source, *_ in found)
+    share_of_old = data_args.retention_share if retained else 0.0
+    streams = []
+    for (source, _, folder, columns), parts, taken in zip(found, shards, counts):
+        parts = shards_to_train_on(parts, taken, data_args.max_train_samples)
+        share = (1 - share_of_old) * weights[id(source)] / total
+        streams.append(stream(parts, share, source, folder, columns, split))
+    if share_of_old > 0:
+        split = data_args.retention_train_split_name
+        for source, rows, folder, columns in loader.raw(retained, split, "--retention_train_split_name"):
+            parts = shards_to_train_on(shards_of(rows, columns.audio, f"{source.name}, {split}"), [0])
+            streams.append(stream(parts, share_of_old, source, folder, columns, split))
+    return SpeechSplits({"train": SpeechStream(streams, seed, splits), **finished}, loader.account)
 
 
 def _as_list(value):
@@ -405,8 +436,6 @@ def _mix(parts, weights, seed):
 
 def _add_share(train, old, share, seed):
     """Adds rows of the old condition until they are this share of all; all rows of train stay."""
-    if not 0 < share < 1:
-        raise UserError(f"--retention_share has to lie between 0 and 1, not at {share:g}.")
     if len(old) == 0:
         raise UserError("No training row of --retention_dataset_name is left after the filters.")
     num_old = round(len(train) * share / (1 - share))

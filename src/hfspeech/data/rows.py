@@ -14,7 +14,6 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hfspeech.audio import BadAudio, decode, duration_s
-from hfspeech.data.sources import find_file
 from hfspeech.errors import UserError, nearest
 from hfspeech.text import TIMESTAMP, labels_of
 
@@ -295,38 +294,41 @@ class Dropped(dict):
         entry["count"] += 1
 
 
-def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dropped):
+def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dropped, numbers=None):
     """Brings the rows of one dataset and split into the schema, without those that the filters reject.
 
     Args:
         raw: the `datasets.Dataset` as it is stored.
-        folder: where the paths in it start, or None.
+        folder: the `AudioFolder` of its paths.
         columns: its `Columns`.
         filters: the `Filters`.
         data_args: for `group_columns` and `on_bad_audio`.
         dataset_name, split: remembered in each row.
         dropped: the `Dropped` that takes the account.
+        numbers: of the rows in their source, from 1 or as they are to be named; None where these are all of it.
 
     Returns:
         `datasets.Dataset` with the columns of `SCHEMA` and `HIDDEN` and the group columns.
 
     Raises:
-        UserError: a header shows bad audio and `on_bad_audio` is `error`.
+        UserError: a header shows bad audio and `on_bad_audio` is `error`; a path leads out of the folder.
     """
     import datasets
 
-    raw = as_undecoded(raw, columns.audio, folder)
+    numbers = range(1, len(raw) + 1) if numbers is None else numbers
+    raw = as_undecoded(raw, columns.audio, folder, f"{dataset_name}, {split}", numbers)
     texts = ["" if text is None else str(text) for text in raw[columns.text][:]]
-    given = durations_given(raw, columns, dataset_name)
+    given = durations_given(raw, columns, dataset_name, numbers)
     offsets = [None] * len(raw)
     if columns.offset:
         offsets = [
-            to_seconds(value, columns.offset, i, dataset_name) for i, value in enumerate(raw[columns.offset][:])
+            to_seconds(value, columns.offset, number, dataset_name)
+            for value, number in zip(raw[columns.offset][:], numbers)
         ]
     paths, sizes, measured = _measure(raw, columns.audio, given)
 
     def name_of(i):
-        return row_name(i + 1, paths[i] or split)
+        return row_name(numbers[i], paths[i] or split)
 
     durations = []
     for i, (seconds, offset) in enumerate(zip(measured, offsets)):
@@ -359,7 +361,7 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         else:
             dropped.add(reason[0], name_of(i), reason[1])
 
-    ids, are_recordings = _ids(raw, columns, paths, offsets, folder, split)
+    ids, are_recordings = _ids(raw, columns, paths, offsets, folder, split, numbers)
     own = {
         "id": ids,
         "text": texts,
@@ -368,7 +370,7 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         "dataset": [dataset_name] * len(raw),
         "split": [split] * len(raw),
         "offset_s": offsets,
-        "row": list(range(1, len(raw) + 1)),
+        "row": list(numbers),
         "recording_id": ids if are_recordings else [None] * len(raw),
         "num_bytes": sizes,
     }
@@ -376,8 +378,8 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
         own["speaker_embedding"] = _embeddings(raw, data_args.speaker_embedding_column_name, dataset_name)
     for name in group_columns(data_args):
         own[name] = _strings(raw[name][:]) if name in raw.column_names else [None] * len(raw)
-    kinds = {"duration_s": "float64", "offset_s": "float64", "row": "int64", "num_bytes": "int64"}
-    kinds["speaker_embedding"] = pyarrow.list_(pyarrow.float32())
+    kinds = {"duration_s": "float64", "offset_s": "float64", "num_bytes": "int64"}
+    kinds |= {"row": pyarrow.infer_type(numbers), "speaker_embedding": pyarrow.list_(pyarrow.float32())}
     own = {name: pyarrow.array(values, kinds.get(name, "string")) for name, values in own.items()}
     audio = raw.select_columns([columns.audio]).rename_columns({columns.audio: "audio"})
     rows = datasets.concatenate_datasets([audio, datasets.Dataset(pyarrow.table(own))], axis=1)
@@ -418,25 +420,45 @@ def group_columns(data_args):
     return [name for name in data_args.group_columns or [] if name not in SCHEMA]
 
 
-def as_undecoded(raw, column, folder):
-    """Makes the audio column one of undecoded audio, with absolute paths for what lies in files."""
+def as_undecoded(raw, column, folder, where, numbers):
+    """Makes the audio column one of undecoded audio, with absolute paths for what lies in files.
+
+    `where` and `numbers` are what the table and its rows are called in messages.
+
+    Raises:
+        UserError: a path leads out of the folder.
+    """
     import datasets
 
-    if not is_audio(raw.features, column) and raw.features[column].dtype in ("string", "large_string"):
-        if folder is None:
-            raise UserError(
-                f"The column {column} holds text and not audio; name the audio's with --audio_column_name."
-            )
-        paths = pyarrow.array(in_threads(lambda path: find_file(path or "", folder), raw[column][:]), "string")
-        contents = pyarrow.nulls(len(paths), "binary")
-        audio = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])
-        table = raw.with_format("arrow")[:].combine_chunks()
-        table = table.set_column(table.column_names.index(column), column, audio)
-        raw = datasets.Dataset(table.replace_schema_metadata(None))
-    return raw.cast_column(column, datasets.Audio(decode=False))
+    if is_audio(raw.features, column):
+        raw = raw.cast_column(column, datasets.Audio(decode=False))
+        contents, named = undecoded(raw, column)
+    elif folder.path is None:
+        raise UserError(f"The column {column} holds text and not audio; name the audio's with --audio_column_name.")
+    else:
+        contents, named = [None] * len(raw), [None if path is None else str(path) for path in raw[column][:]]
+    if all(content is not None for content in contents):
+        return raw
+
+    def find(job):
+        content, path = job
+        whole = folder.find(path) if content is None else path
+        return whole, content is not None or folder.holds(whole)
+
+    found = in_threads(find, list(zip(contents, named)))
+    paths = pyarrow.array([path for path, _ in found], "string")
+    outside = [i for i, (_, is_inside) in enumerate(found) if not is_inside]
+    if outside:
+        row = f"{where}: Row {numbers[outside[0]]}"
+        raise UserError(folder.refusal(row, [found[i][0] for i in outside]))
+    contents = pyarrow.array([None if content is None else bytes(content) for content in contents], "binary")
+    audio = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])
+    table = raw.with_format("arrow")[:].combine_chunks()
+    table = table.set_column(table.column_names.index(column), column, audio)
+    return datasets.Dataset(table.replace_schema_metadata(None)).cast_column(column, datasets.Audio(decode=False))
 
 
-def to_seconds(value, column, i, dataset_name):
+def to_seconds(value, column, number, dataset_name):
     """Reads a number of seconds from a manifest, or None from an empty cell."""
     if value is None or value == "":
         return None
@@ -445,18 +467,21 @@ def to_seconds(value, column, i, dataset_name):
     except (TypeError, ValueError):
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise UserError(f"{dataset_name}, row {i + 1}: the {column} {value!r} is not a number of seconds.")
+        raise UserError(f"{dataset_name}, row {number}: the {column} {value!r} is not a number of seconds.")
     return seconds
 
 
-def durations_given(raw, columns, dataset_name):
+def durations_given(raw, columns, dataset_name, numbers):
     """Reads the duration column, unless its first recordings show that it is not in seconds."""
     if not columns.duration:
         return [None] * len(raw)
-    given = [to_seconds(value, columns.duration, i, dataset_name) for i, value in enumerate(raw[columns.duration][:])]
+    given = [
+        to_seconds(value, columns.duration, number, dataset_name)
+        for value, number in zip(raw[columns.duration][:], numbers)
+    ]
     if not columns.offset:
         for i in range(min(3, len(raw))):
-            audio = raw[i][columns.audio]
+            audio = raw[columns.audio][i]
             try:
                 seconds = duration_s(audio["bytes"] if audio["bytes"] is not None else audio["path"])
             except BadAudio:
@@ -510,7 +535,7 @@ def _measure_one(job):
     elif path:
         try:
             size = os.stat(path).st_size
-        except OSError:
+        except (OSError, ValueError):  # no file can have such a name
             return None, BadAudio("no such file")
     else:
         return None, BadAudio("neither bytes nor a path")
@@ -524,7 +549,7 @@ def _measure_one(job):
         return size, reason
 
 
-def _ids(raw, columns, paths, offsets, folder, split):
+def _ids(raw, columns, paths, offsets, folder, split, numbers):
     """Returns an id for each row, and whether it names the recording.
 
     A column that was found by itself may number the rows of a split, in whatever order: then it names none.
@@ -533,16 +558,16 @@ def _ids(raw, columns, paths, offsets, folder, split):
         ids = [None if value is None else str(value) for value in raw[columns.id][:]]
         are_numbers = all(id is None or id.isdecimal() for id in ids)
         if columns.id_is_given or (len(set(ids)) == len(ids) and not are_numbers and None not in ids):
-            return [id or f"{split}-{i + 1}" for i, id in enumerate(ids)], True
+            return [id or f"{split}-{number}" for id, number in zip(ids, numbers)], True
         logger.info("The column %s holds numbers or repeats itself, so it is not taken for an id.", columns.id)
-    return [default_id(*row, folder, split, i + 1) for i, row in enumerate(zip(paths, offsets))], False
+    return [_default_id(*row, folder, split) for row in zip(paths, offsets, numbers)], False
 
 
-def default_id(path, offset_s, folder, split, number):
+def _default_id(path, offset_s, number, folder, split):
     """The id of a row without one: its path from the manifest, and where the segment starts."""
     if not path:
         return f"{split}-{number}"
-    name = os.path.relpath(path, folder) if folder and os.path.isabs(path) else path
+    name = os.path.relpath(path, folder.path) if folder.path and os.path.isabs(path) else path
     return name if offset_s is None else f"{name}@{offset_s:g}"
 
 

@@ -12,41 +12,47 @@ How a local path maps to splits:
   the split; failing both, all of it is train.
 
 `validation` may also be called `valid`, `val` or `dev` there.
+
+Whoever wrote a manifest is not always who trains on it, so what its rows name has to lie in its folder, links followed,
+or in a folder that the user allows (`AudioFolder`). Nothing is fetched that a row names, and no archive is opened.
 """
 
 import json
 import os
 import re
+import shlex
+import warnings
 from pathlib import Path
 
 from hfspeech.errors import UserError, nearest
-from hfspeech.hub import gated, look_up
+from hfspeech.hub import gated, license_in, look_up, stated_license
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 _OFFICIAL = ("train", "validation", "test")
 
 
-def open_source(name, config=None, revision=None, streaming=False, flags="--dataset"):
+def open_source(name, config=None, revision=None, streaming=False, flags="--dataset", audio_root=()):
     """Opens one dataset, without reading its rows yet.
 
     Args:
         name: Hub id (`owner/name`), or path of a folder, a manifest or a parquet file.
         config: configuration of the Hub dataset.
         revision: branch, tag or commit of the Hub dataset.
-        streaming: do not download the Hub dataset first.
+        streaming: do not download the Hub dataset first, or copy the parquet files of a folder.
         flags: how the flags of this dataset begin, for messages.
+        audio_root: folders that the paths of a manifest may lead into, besides its own.
 
     Returns:
         object with `name`, `record` (a dict of what was used), `split_names` and `read(split)`, which gives the rows
-        (a `datasets.Dataset` or `IterableDataset`, or None) and the folder that their paths start from (or None).
+        (a `datasets.Dataset` or `IterableDataset`, or None) and the `AudioFolder` of their paths.
 
     Raises:
         UserError: there is no such dataset, or no access, or nothing readable in the folder.
     """
     path = Path(name).expanduser()
     if path.exists():
-        return LocalSource(name, path)
+        return LocalSource(name, path, streaming, audio_root)
     if path.suffix in MANIFEST_SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"No such file or folder: {name}; give an existing path, or a Hub id such as owner/name.")
     if name.count("/") != 1:
@@ -59,9 +65,10 @@ def open_source(name, config=None, revision=None, streaming=False, flags="--data
 class LocalSource:
     """A manifest, a folder of manifests, or an audiofolder; paths only, audio is read when a row is."""
 
-    def __init__(self, name, path):
+    def __init__(self, name, path, streaming=False, audio_root=()):
         self.name = name
-        self.record = {"name": str(name)}
+        card = (path if path.is_dir() else path.parent) / "README.md"
+        self.record = {"name": str(name), "license": license_in(card)}
         self._tables = {}
         if path.is_dir():
             files = _split_files(path)
@@ -75,7 +82,8 @@ class LocalSource:
                 raise UserError(f"{name} is none of {', '.join(MANIFEST_SUFFIXES)}; give a manifest or a folder.")
             files = {None: [path]}
         for split, paths in files.items():
-            self._tables[split] = read_table(paths), str(paths[0].resolve().parent)
+            rows = read_table(paths, streaming and split is not None)
+            self._tables[split] = rows, AudioFolder(paths[0].resolve().parent, audio_root)
         if None in self._tables:
             self._part(path)
 
@@ -116,17 +124,19 @@ class HubSource:
 
     def __init__(self, name, config, revision, streaming, flags):
         import datasets
-        from datasets.exceptions import DatasetNotFoundError
+        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+        from huggingface_hub import constants, file_download
 
         self.name = name
         info, unreachable = look_up(name, revision, "dataset", f"{flags}_revision")
         commit = info and info.sha
         self.record = {"name": name, "config": config, "revision": revision, "commit": commit}
+        self.record["license"] = stated_license(info and info.card_data)
         where = f"{name}@{revision}" if revision else name
         try:
             self._splits = datasets.load_dataset(name, config, revision=commit or revision, streaming=streaming)
-        except (ValueError, RuntimeError, ImportError, OSError) as error:
-            text = str(error)
+        except (ValueError, RuntimeError, ImportError, OSError, DatasetGenerationError) as error:
+            text = f"{error} {error.__cause__ or ''}".strip()
             if unreachable:
                 raise UserError(f"{where} is not in the cache, and {unreachable}.") from None
             if "onfig" in text and "vailable" in text:
@@ -142,11 +152,20 @@ class HubSource:
                     f"{where} is not stored as parquet, which is what can be read here; "
                     f"give {flags}_revision refs/convert/parquet, where the Hub keeps a converted copy."
                 ) from None
+            if "Data files don't belong" in text:
+                raise UserError(
+                    f"The card of {where} names data outside of that repository, which is not read: choose another."
+                ) from None
             if isinstance(error, DatasetNotFoundError) and "gated" in text:
                 raise UserError(gated(name, "dataset")) from None
             if isinstance(error, DatasetNotFoundError) or "No (supported) data files" in text:
                 raise UserError(f"{where} holds no data files that can be read; see its page on the Hub.") from None
+            if isinstance(error, DatasetGenerationError):
+                raise UserError(f"The files of {where} cannot be read ({text}): choose another dataset.") from None
             raise
+        # Where `datasets` puts what it downloads of this repository, and what it unpacks.
+        cache = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=name, repo_type="dataset")
+        self._folder = AudioFolder(None, [cache, datasets.config.EXTRACTED_DATASETS_PATH])
         if commit is None:
             files = getattr(next(iter(self._splits.values())), "cache_files", None) or [{"filename": ""}]
             found = re.search(r"[/\\]([0-9a-f]{40})[/\\]", files[0]["filename"])
@@ -157,7 +176,7 @@ class HubSource:
         return list(self._splits)
 
     def read(self, split, only=False):
-        return (self._splits[split] if split in self._splits else None), None
+        return (self._splits[split] if split in self._splits else None), self._folder
 
 
 def _split_files(folder):
@@ -189,29 +208,37 @@ def _metadata(folder):
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read_table(paths):
+def read_table(paths, streaming=False):
     """Reads the manifests of one split as a `datasets.Dataset`; text of any manifest but parquet stays text.
 
     Args:
         paths: list of Path, one manifest, or several shards of parquet.
+        streaming: return a `datasets.IterableDataset` of parquet.
 
     Raises:
         UserError: a manifest cannot be read, or holds no rows.
     """
     import datasets
 
-    suffix = paths[0].suffix
-    if suffix == ".parquet":
-        files = [str(path) for path in paths]
-        try:
-            rows = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows")
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise UserError(f"{paths[0]} cannot be read as parquet: {error.__cause__}.") from None
-    else:
-        rows = datasets.Dataset.from_dict(_read_jsonl(paths[0]) if suffix == ".jsonl" else _read_csv(paths[0]))
+    path = paths[0]
+    try:
+        if path.suffix == ".parquet":
+            files = [str(path) for path in paths]
+            rows = datasets.load_dataset("parquet", data_files={"rows": files}, split="rows", streaming=streaming)
+            if streaming:
+                return rows
+        else:
+            rows = datasets.Dataset.from_dict(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
+    except (*_UNREADABLE, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {reason}.") from None
     if len(rows) == 0:
-        raise UserError(f"{paths[0]} holds no rows.")
+        raise UserError(f"{path} holds no rows.")
     return rows
+
+
+# What the readers raise for a file of another kind, another encoding, a thousand brackets.
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, RecursionError)
 
 
 def _read_csv(path):
@@ -221,12 +248,18 @@ def _read_csv(path):
 
     # The TSV files of Common Voice hold bare quotation marks; a CSV file needs quoting for its commas.
     style = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"sep": ","}
+    style |= {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
     try:
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, **style)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            table = pandas.read_csv(path, **style)
+    except pandas.errors.ParserWarning:
+        raise UserError(
+            f"{path} has rows with more cells than its first line names columns: put texts that hold a comma in "
+            "quotation marks."
+        ) from None
     except pandas.errors.EmptyDataError:
         raise UserError(f"{path} is empty; its first line has to name the columns.") from None
-    except (pandas.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     return {name: table[name].tolist() for name in table.columns}
 
 
@@ -237,7 +270,7 @@ def _read_jsonl(path):
             if line.strip():
                 try:
                     rows.append(dict(json.loads(line)))
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     raise UserError(f"{path}, line {number}: not a JSON object ({error}).") from None
     columns = dict.fromkeys(name for row in rows for name in row)
     return {name: [value if (value := row.get(name)) is None else _as_text(value) for row in rows] for name in columns}
@@ -247,11 +280,50 @@ def _as_text(value):
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def find_file(path, folder):
-    """Resolves a path of a manifest: from the manifest's folder, or from `clips/` in it as in Common Voice."""
-    whole = os.path.join(folder, os.path.expanduser(path))
-    if not os.path.exists(whole):
-        in_clips = os.path.join(folder, "clips", path)
-        if os.path.exists(in_clips):
-            return in_clips
-    return whole
+class AudioFolder:
+    """Where the paths of a table start, and the folders that they may lead into.
+
+    Args:
+        path: the table's folder; None for rows of the Hub, which name no files of their own.
+        roots: the other folders; `~` is the user's home.
+    """
+
+    def __init__(self, path, roots=()):
+        self.path = path and str(path)
+        roots = [os.path.expanduser(root) for root in (roots if path is None else (path, *roots))]
+        self._roots = tuple(os.path.join(os.path.realpath(root), "") for root in roots)
+        self._real = {}  # folder to where its links lead; most files share theirs
+
+    def find(self, path):
+        """Returns the whole path of what a row names: from the folder, or from `clips/` in it as in Common Voice."""
+        if not path or self.path is None:
+            return path
+        whole = os.path.join(self.path, os.path.expanduser(path))
+        if not os.path.exists(whole):
+            in_clips = os.path.join(self.path, "clips", path)
+            if os.path.exists(in_clips):
+                return in_clips
+        return whole
+
+    def holds(self, whole):
+        """Tells whether a file may be read, wherever links lead; what is not there does no harm."""
+        if not whole:
+            return True
+        parent, name = os.path.split(whole)
+        is_plain = name not in ("", ".", "..") and not os.path.islink(whole)
+        if parent not in self._real:
+            self._real[parent] = os.path.realpath(parent)
+        real = f"{self._real[parent]}{os.sep}{name}" if is_plain else os.path.realpath(whole)
+        return real.startswith(self._roots) or not os.path.exists(whole)
+
+    def refusal(self, row, outside):
+        """Returns the sentence for rows that lead out: the name of the first, and the whole paths of all of them."""
+        if self.path is None:
+            return (
+                f"{row} names the file {outside[0]} instead of holding audio, and rows of the Hub must not name files of "
+                "this machine: choose another dataset, or the copy of it at the revision refs/convert/parquet."
+            )
+        folders = [os.path.dirname(os.path.realpath(path)) for path in outside]
+        shared = os.path.commonpath(folders)
+        allowed = shlex.quote(folders[0] if shared == os.path.abspath(os.sep) else shared)
+        return f"{row} leads to {outside[0]}, outside of {self.path}: allow that with --audio_root {allowed}."

@@ -3,16 +3,26 @@
 import contextlib
 import hashlib
 import json
+import shlex
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from hfspeech.errors import UserError
+from hfspeech.hub import license_in
 
 ADAPTER_CONFIG = "adapter_config.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # peft asks transformers for a property by its old name, and nobody who fine-tunes can do anything about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -49,6 +59,8 @@ def loading(source, revision="main", kind="Whisper"):
         raise UserError(
             f"{source} is half-written or damaged ({_first_line(error)}): copy or download it again."
         ) from None
+    except ImportError as error:
+        raise UserError(f"{source} needs a package that is not there: {_first_line(error)}.") from None
     except (OSError, ValueError, RuntimeError, KeyError, hub.HfHubHTTPError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
@@ -58,7 +70,18 @@ def loading(source, revision="main", kind="Whisper"):
         while causes[-1].__cause__ or causes[-1].__context__:
             causes.append(causes[-1].__cause__ or causes[-1].__context__)
         names = {type(cause).__name__ for cause in causes}
-        if "GatedRepoError" in names:
+        is_about_weights = "safetensors" in str(error) or WEIGHTS_NAME in str(error)
+        if is_about_weights and (pickled := _pickled_weights(source, revision)):
+            name = {"Whisper": "WhisperForConditionalGeneration", "SpeechT5": "SpeechT5ForTextToSpeech"}.get(
+                kind, kind
+            )
+            code = f"import sys, transformers as t; t.{name}.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])"
+            problem = _only_pickled(source, pickled, f'python -c "{code}" {shlex.quote(source)}')
+        elif "trust_remote_code" in str(error):
+            problem = (
+                f"{source} is no {kind} that transformers knows, but brings a program of its own, and none is run"
+            )
+        elif "GatedRepoError" in names:
             problem = f"{source} is gated: accept its terms on its page, then `hf auth login`"
         elif "RevisionNotFoundError" in names:
             problem = f"{source} has no revision {revision}: check --model_revision"
@@ -73,6 +96,50 @@ def loading(source, revision="main", kind="Whisper"):
         else:
             problem = f"Cannot load {source} ({_first_line(error)}): check the name and the access"
         raise UserError(problem + ".") from None
+
+
+def _pickled_weights(source, revision):
+    """Returns the name of the pickle that a model without safetensors has its weights in, or None."""
+    with contextlib.suppress(OSError):  # no network
+        if has_file(source, SAFE_WEIGHTS_NAME, revision):
+            return None
+        for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+            if has_file(source, name, revision):
+                return name
+    files = sorted(Path(source).iterdir()) if Path(source).is_dir() else []
+    return next((path.name for path in files if path.suffix in PICKLE_SUFFIXES), None)
+
+
+def _only_pickled(source, pickled, command):
+    if pickled not in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, ADAPTER_WEIGHTS_NAME):
+        remedy = "convert it to safetensors with the program that wrote it"
+    elif Path(source).is_dir():
+        remedy = f"make a copy in safetensors, which runs nothing, with `{command}`"
+    else:
+        remedy = (
+            f"choose a model or revision in safetensors, or type `hf download {source} --local-dir {Path(source).name}` "
+            "and give that folder, to be told how to convert it"
+        )
+    why = "a pickle, which could run any program when it is read"
+    return f"{source} has its weights only in {pickled}, {why}: {remedy}"
+
+
+def merge_adapter(model, source, revision):
+    """Returns a model with the LoRA adapter of a folder or Hub repository merged into its weights.
+
+    Raises:
+        UserError: the adapter is there only as a pickle.
+    """
+    from peft import PeftModel
+
+    if not has_file(source, ADAPTER_SAFE_WEIGHTS_NAME, revision) and has_file(source, ADAPTER_WEIGHTS_NAME, revision):
+        code = (
+            "import sys, torch, safetensors.torch as s; "
+            "s.save_file({k: v.clone() for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
+        )
+        files = [shlex.quote(str(Path(source) / name)) for name in (ADAPTER_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME)]
+        raise UserError(_only_pickled(source, ADAPTER_WEIGHTS_NAME, f'python -c "{code}" {" ".join(files)}') + ".")
+    return PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
 
 
 def quiet_transformers():
@@ -141,13 +208,31 @@ def identify(name_or_path, revision="main", commit=None):
 def _weights_hash(folder):
     if not folder.is_dir():
         return None
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    files = sorted(folder.glob("*.safetensors"))
     total = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             while block := file.read(2**20):
                 total.update(block)
     return f"sha256:{total.hexdigest()}" if files else None
+
+
+def read_any_config(source, revision):
+    """Returns the configuration of a model, without what it says of attention: that may name a program on the Hub."""
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    config._attn_implementation = None
+    return config
+
+
+def license_of(source, revision):
+    """Returns the license that a model's card states, in a folder or on the Hub, or None."""
+    from transformers.utils import cached_file
+
+    try:
+        card = cached_file(source, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no way to the Hub
+        return None
+    return license_in(card) if card else None
 
 
 def read_config(source, revision, model_type, kind, example):
@@ -163,7 +248,7 @@ def read_config(source, revision, model_type, kind, example):
         raise UserError(
             f"{source} holds no config.json, so it is not a model: give a folder that holds a whole model."
         )
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    config = read_any_config(source, revision)
     if config.model_type != model_type:
         raise UserError(f"{source} is a {config.model_type} model, not a {kind}: give one such as {example}.")
     return config

@@ -14,7 +14,9 @@ from hfspeech.models.loading import (
     best_device,
     has_file,
     hub_commit,
+    license_of,
     loading,
+    merge_adapter,
     quantization_config,
     read_adapter_config,
     read_config,
@@ -46,14 +48,20 @@ def load_speecht5(model_args):
         config.use_guided_attention_loss = model_args.use_guided_attention_loss
         # A layer that is dropped leaves the attention loss without it, and several processes without its gradient.
         config.encoder_layerdrop = config.decoder_layerdrop = 0.0
-        processor = SpeechT5Processor.from_pretrained(source, revision=revision)
+        processor = SpeechT5Processor.from_pretrained(source, revision=revision, trust_remote_code=False)
         if model_args.config_name:
             model = SpeechT5ForTextToSpeech(config)
         else:
             model = SpeechT5ForTextToSpeech.from_pretrained(
-                source, config=config, revision=revision, dtype=torch.float32, quantization_config=quantization
+                source,
+                config=config,
+                revision=revision,
+                dtype=torch.float32,
+                quantization_config=quantization,
+                use_safetensors=True,
             )
         model.hub_commit = hub_commit(source, revision)
+        model.license = license_of(source, revision)
     model.has_new_characters = bool(model_args.add_characters)
     if model.has_new_characters:
         add_characters(model, processor, model_args.add_characters)
@@ -79,16 +87,19 @@ def load_speecht5_for_inference(name_or_path, revision="main"):
         base = resolve(adapter["base_model_name_or_path"]) if adapter else source
         base_revision = (adapter["revision"] or "main") if adapter else revision
         with loading(base, base_revision, "SpeechT5"):
-            _speecht5_config(base, base_revision)
-            model = SpeechT5ForTextToSpeech.from_pretrained(base, revision=base_revision, dtype=torch.float32)
+            model = SpeechT5ForTextToSpeech.from_pretrained(
+                base,
+                config=_speecht5_config(base, base_revision),
+                revision=base_revision,
+                dtype=torch.float32,
+                use_safetensors=True,
+            )
         if adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
+            model = merge_adapter(model, source, revision)
         # An adapter saved by another tool may have no tokenizer: its base has.
         has_processor = has_file(source, "tokenizer_config.json", revision)
         place, at = (source, revision) if has_processor else (base, base_revision)
-        processor = SpeechT5Processor.from_pretrained(place, revision=at)
+        processor = SpeechT5Processor.from_pretrained(place, revision=at, trust_remote_code=False)
         model.hub_commit = hub_commit(source, revision, ADAPTER_CONFIG if adapter else "config.json")
         settings = _cached(source, SYNTHESIS_FILE, revision)
         settings = json.loads(Path(settings).read_text(encoding="utf-8")) if settings else {}

@@ -145,6 +145,7 @@ def _load_hifigan(source, revision):
     if kind not in MODEL_TYPES:  # any config.json would be read as a vocoder's, with defaults for all that it lacks
         raise UserError(f"{source} is a {kind} model, not a vocoder: give a SpeechT5HifiGan.")
     config = SpeechT5HifiGanConfig.from_dict(settings)
+    config._attn_implementation = None  # as in read_any_config
     samples_per_frame = 1
     for rate in config.upsample_rates:
         samples_per_frame *= rate
@@ -155,7 +156,12 @@ def _load_hifigan(source, revision):
             f"{SAMPLING_RATE} Hz, {NUM_MEL_BINS} and {HOP_LENGTH}: give a vocoder of that kind."
         )
     model, info = SpeechT5HifiGan.from_pretrained(
-        source, config=config, revision=revision, dtype=torch.float32, output_loading_info=True
+        source,
+        config=config,
+        revision=revision,
+        dtype=torch.float32,
+        output_loading_info=True,
+        use_safetensors=True,
     )
     if info["missing_keys"]:  # transformers would fill them with noise
         raise OSError(f"{sorted(info['missing_keys'])[0]} is missing")

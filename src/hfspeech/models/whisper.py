@@ -11,7 +11,9 @@ from hfspeech.models.loading import (
     best_device,
     has_file,
     hub_commit,
+    license_of,
     loading,
+    merge_adapter,
     quantization_config,
     read_adapter_config,
     read_config,
@@ -59,9 +61,11 @@ def load_whisper(model_args):
                 dtype=torch.float32,
                 attn_implementation=model_args.attn_implementation,
                 quantization_config=quantization,
+                use_safetensors=True,
             )
         model.generation_config = _generation_config(source, revision, config, processor)
         model.hub_commit = hub_commit(source, revision)
+        model.license = license_of(source, revision)
     make_fast(model)
     model.encoder_stays_frozen = model_args.freeze_encoder
     set_language(model, processor, model_args.language, model_args.task, model_args.timestamps)
@@ -93,11 +97,10 @@ def load_for_inference(name_or_path, revision="main", language=None, task=None):
                 config=config,
                 revision=base_revision,
                 dtype="auto" if best_device().type == "cuda" else torch.float32,  # CPUs are slow, and coarse, in fp16
+                use_safetensors=True,
             )
         if adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
+            model = merge_adapter(model, source, revision)
         # An adapter saved by another tool may have neither tokenizer nor generation config: its base has.
         processor = _processor(source if has_file(source, "tokenizer_config.json", revision) else base, revision)
         place = (source, revision) if has_file(source, "generation_config.json", revision) else (base, base_revision)
@@ -163,7 +166,7 @@ def _whisper_config(source, revision):
 
 
 def _processor(source, revision):
-    processor = WhisperProcessor.from_pretrained(source, revision=revision)
+    processor = WhisperProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     if "<|startoftranscript|>" not in processor.tokenizer.get_vocab():  # stock loading makes up an empty tokenizer
         raise OSError("its tokenizer is missing")
     return processor

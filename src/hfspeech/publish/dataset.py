@@ -41,8 +41,9 @@ class Split:
 
 
 def push_dataset(
-    path, repo_id, config="default", language=None, license=None, private=None, revision=None, tag=None, columns=None
-):
+    path, repo_id, config="default", language=None, license=None, private=None, revision=None, tag=None, columns=None,
+    audio_root=(),
+):  # fmt: skip
     """Uploads local recordings as a dataset that `load_dataset` and the recipes read, and prints where it is.
 
     Args:
@@ -52,6 +53,7 @@ def push_dataset(
         language, license: for the card; what it says already stays.
         private, revision, tag: as for `hfspeech.hub.upload_folder`.
         columns: dict of `audio_column_name`, `text_column_name`, `speaker_column_name`; those found by themselves if absent.
+        audio_root: folders that the paths of a manifest may lead into, besides its own.
 
     Returns:
         `hfspeech.hub.Pushed`.
@@ -68,7 +70,7 @@ def push_dataset(
         raise UserError(f"{license!r} is no licence as the Hub names them: give one such as cc-by-4.0.")
     if not Path(path).expanduser().exists():
         raise UserError(f"There is no file or folder {path}: check its path (from here, {Path.cwd()}).")
-    source = LocalSource(str(path), Path(path).expanduser())
+    source = LocalSource(str(path), Path(path).expanduser(), audio_root=audio_root)
     where = {"private": private, "revision": revision, "tag": tag}
     repo_id = require_write_access(repo_id, "dataset", **where)
     with tempfile.TemporaryDirectory(prefix="hfspeech-") as folder, writing(folder, "set TMPDIR to a larger disk"):
@@ -148,7 +150,7 @@ class _Part:
         self.name, self.where, self.columns, self.audio = name, where, columns, columns.audio
         self.offsets, self.lengths = (self._seconds(rows, name) for name in (columns.offset, columns.duration))
         is_path = not is_audio(rows.features, self.audio)
-        rows = as_undecoded(rows, self.audio, paths_from)
+        rows = as_undecoded(rows, self.audio, paths_from, f"{where}, {name}", range(1, len(rows) + 1))
         if is_path and self.audio != "audio":
             rows, self.audio = rows.rename_column(self.audio, "audio"), "audio"
         left_out = {"split", columns.offset} | self._local_paths(rows)
@@ -201,7 +203,7 @@ class _Part:
     def _seconds(self, rows, column):
         if not column:
             return [None] * len(rows)
-        return [to_seconds(value, column, i, self.where) for i, value in enumerate(rows[column][:])]
+        return [to_seconds(value, column, i, self.where) for i, value in enumerate(rows[column][:], 1)]
 
     def _local_paths(self, rows):
         """Returns the columns that hold paths of this machine, which are nobody else's business."""

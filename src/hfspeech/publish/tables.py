@@ -6,6 +6,7 @@ from hfspeech.models.loading import ADAPTER_CONFIG
 from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER, read_json
 
 EXAMPLES = 10
+MOST_GROUPS = 12  # values of a column that a card has a line for
 
 
 def result_table(results):
@@ -70,6 +71,13 @@ def _speech_lines(before, after):
                 (f"  words misheard, {column}: {value}", rate_text(before_of.get(value)), rate_text(of_value), "")
             )
     return lines
+
+
+def shown_groups(values):
+    """Returns (value, score) for each value of a group column, of more than `MOST_GROUPS` the worst."""
+    if len(values) <= MOST_GROUPS:
+        return list(values.items())
+    return sorted(values.items(), key=lambda item: -(item[1]["wer"] or 0))[:MOST_GROUPS]
 
 
 def figure_text(score, name, unit, factor, digits):

@@ -1,11 +1,13 @@
 """One output folder, one run: its record, its checkpoints, and files that are written whole or not at all."""
 
 from hfspeech.runs.checkpoints import (
+    DEEPSPEED_SHARDS,
     PART_FOLDER,
     PROGRESS_FILE,
     finish_checkpoint,
     is_whole_checkpoint,
     last_checkpoint,
+    layout,
     remove_half_written,
 )
 from hfspeech.runs.files import (
@@ -35,8 +37,9 @@ PREDICTIONS_FILE = "predictions.jsonl"  # what was said of each row, before and 
 SAMPLES_FOLDER = "samples"  # speech to listen to, before and after
 
 __all__ = [
-    "CHECKOUT", "PART_FOLDER", "PREDICTIONS_FILE", "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER", "claim_folder",
-    "command", "default_repo_name", "environment", "find_record", "finish_checkpoint", "is_whole_checkpoint",
-    "last_checkpoint", "open_run", "peak_rss_bytes", "read_json", "read_record", "remove_half_written",
-    "replacing_files", "require_push_allowed", "require_space", "what_is_run", "write_json", "write_jsonl", "writing",
+    "CHECKOUT", "DEEPSPEED_SHARDS", "PART_FOLDER", "PREDICTIONS_FILE", "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER",
+    "claim_folder", "command", "default_repo_name", "environment", "find_record", "finish_checkpoint",
+    "is_whole_checkpoint", "last_checkpoint", "layout", "open_run", "peak_rss_bytes", "read_json", "read_record",
+    "remove_half_written", "replacing_files", "require_push_allowed", "require_space", "what_is_run", "write_json",
+    "write_jsonl", "writing",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from hfspeech.runs.files import sync, write_json
 
 PROGRESS_FILE = "progress.json"  # in each checkpoint
 MANIFEST_FILE = "whole.json"  # in each checkpoint: [bytes, CRC-32] of every other file
+DEEPSPEED_SHARDS = "*_optim_states.pt"  # one for each process
 PART_FOLDER = "checkpoint.part"  # holds the checkpoint that is being written
 
 logger = logging.getLogger("hfspeech")
@@ -48,6 +49,13 @@ def is_whole_checkpoint(folder):
         return bool(manifest) and all(_fingerprint(folder / name) == found for name, found in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def layout(folder):
+    """Returns how a checkpoint was written: `fsdp` and `deepspeed` shard it over their processes' files, else `whole`."""
+    if (Path(folder) / "pytorch_model_fsdp_0").is_dir():
+        return "fsdp"
+    return "deepspeed" if list(Path(folder).glob(f"*/{DEEPSPEED_SHARDS}")) else "whole"
 
 
 def finish_checkpoint(part, folder):

@@ -29,6 +29,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 CHECKOUT = CHECKOUT if (CHECKOUT / "recipes").is_dir() else None
 
 _NEEDED_BYTES = 50 * 2**20
+ROWS, BATCHES = "rows in a step", "batches in a step"  # of all processes
 
 logger = logging.getLogger("hfspeech")
 
@@ -36,10 +37,10 @@ logger = logging.getLogger("hfspeech")
 def open_run(train_args):
     """Claims the output folder for this run: a new one, or the one in which the same run stopped.
 
-    Two launches are the same run if their settings agree in everything that bears on the result. Only the first
-    process looks and writes, and the others end with it. If the result is to be pushed, it also sees that it may be.
-    The record's `state` is `running` from here on; `publish` makes it `finished`, a signal `interrupted`, a fault
-    `failed`. What is killed outright stays `running`.
+    Two launches are the same run if their settings agree in everything that bears on the result; the number of processes
+    does not if a step takes in the same rows. Only the first process looks and writes, and the others end with it. If
+    the result is to be pushed, it also sees that it may be. The record's `state` is `running` from here on; `publish`
+    makes it `finished`, a signal `interrupted`, a fault `failed`. What is killed outright stays `running`.
 
     Raises:
         UserError: the folder holds another run, or something else; another launch uses it; it cannot be written; its
@@ -55,9 +56,8 @@ def open_run(train_args):
         from accelerate.utils import broadcast_object_list
 
         (fault,) = broadcast_object_list([fault])
-    if fault and train_args.process_index:
-        sys.exit(fault.exit_code)  # the first process says why
     if fault:
+        fault.of_all = True
         raise fault
 
 
@@ -77,8 +77,10 @@ def _claim_run(train_args):
         if differing:
             shown = ", ".join(f"{n} {there.get(n)!r} there, {here.get(n)!r} here" for n in differing[:3])
             more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+            advice = _how_to_share(there, record) if differing in ([ROWS], [BATCHES]) else ""
             raise UserError(
-                f"{output_dir} holds another run ({shown}{more}): choose another --output_dir, or delete that folder."
+                f"{output_dir} holds another run ({shown}{more}): {advice}choose another --output_dir, or delete that "
+                "folder."
             )
         record = earlier
     elif foreign := [path.name for path in output_dir.iterdir() if path.name.startswith("checkpoint-")]:
@@ -175,9 +177,28 @@ def read_record(file):
 
 
 def _identity(record):
-    """Returns what makes a run this one: its settings, and how many processes share a step."""
+    """Returns what makes a run this one: its settings, and what a step takes in, however many processes share it."""
     settings = {name: value for name, value in record["arguments"].items() if name not in NOT_IDENTITY}
-    return settings | {"processes": record["environment"]["processes"]}
+    processes = record["environment"]["processes"]
+    batches = settings.pop("gradient_accumulation_steps", 1) * processes
+    rows = settings.pop("per_device_train_batch_size", None)
+    if rows is None or settings.get("max_batch_seconds"):
+        return settings | {BATCHES: batches}
+    return settings | {ROWS: rows * batches}
+
+
+def _how_to_share(there, record):
+    """Returns what to type so that the processes of this launch share the steps of a run, as the start of a sentence."""
+    processes, rows = record["environment"]["processes"], record["arguments"].get("per_device_train_batch_size")
+    share, left = divmod(there.get(ROWS) or there[BATCHES], processes)
+    if left:
+        return f"{processes} processes cannot share its steps evenly; launch as many as can, "
+    if BATCHES in there:
+        return f"keep its steps with --gradient_accumulation_steps {share}, "
+    rows = rows if share % rows == 0 else share
+    return (
+        f"keep its steps with --per_device_train_batch_size {rows} --gradient_accumulation_steps {share // rows}, "
+    )
 
 
 def environment():

@@ -38,6 +38,7 @@ class SpeechT5Trainer(SpeechTrainer):
         vocoder: what `load_vocoder` returns.
     """
 
+    may_be_sharded = False  # the postnet's running statistics would be those of one process
     logged = ("loss", "l1", "stop_loss", "guided", "wer", "cer", "mcd", "speaker_similarity")
 
     def __init__(

@@ -5,13 +5,16 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
@@ -47,6 +50,7 @@ from hfspeech.runs import (
     write_jsonl,
     writing,
 )
+from hfspeech.training import sharding
 
 ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
 MOST_BATCH_SECONDS = 3600.0  # a larger step is no faster on any GPU, and makes too few of them
@@ -81,6 +85,8 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     logged = ("loss", "wer", "cer")  # of each evaluation, for TensorBoard and the progress lines
     targets_per_item = 1  # labels that make one target of the loss
+    window_s = None  # seconds that the model hears at once
+    may_be_sharded = True
 
     # compute_loss divides by the tokens of the whole optimizer step, so Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -90,6 +96,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             raise UserError(
                 "Weights in 8 or 4 bits cannot be trained themselves: use the LoRA recipe, or leave it out."
             )
+        sharding.require_support(model, args, self.may_be_sharded)
         if train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
             raise UserError("A streamed dataset has no length: say how long to train with --max_steps.")
         if args.resume_from_checkpoint and not is_whole_checkpoint(args.resume_from_checkpoint):
@@ -141,6 +148,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         self._launched = psutil.Process().create_time()
         self._earlier_s = self.results.get("timings", {}).get("total", 0.0)  # of the launches before this one
         self._spent("load", self._launched)
+        self._skeleton = None  # of a model whose weights are sharded
         for choice in args.choices:
             logger.info(choice)
 
@@ -152,7 +160,6 @@ class SpeechTrainer(Seq2SeqTrainer):
         Under several processes `num_items_in_batch` counts the labels of all of them, and DDP averages the gradients,
         hence the factor `num_processes`.
         """
-        self._account(inputs)
         loss = self.summed_loss(model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch, scale = inputs["labels"].ne(-100).sum(), 1
@@ -165,35 +172,51 @@ class SpeechTrainer(Seq2SeqTrainer):
         """Returns the loss of a batch, summed over its targets."""
         raise NotImplementedError
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Returns the batches of a step, having stopped all processes together at a broken recording in one of them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._stop_at(next(filter(None, map(self._fault_of, batches)), None))
+        for batch in batches:
+            self._account(batch)
+        return batches, num_items
+
+    def _fault_of(self, batch):
+        """Returns a sentence if a batch must end the run, else None."""
+        if batch["bad_audio"] and self.data_collator.on_bad_audio == "error":
+            return f"{batch['bad_audio'][0]}. Leave such rows out with --on_bad_audio skip."
+        return next(iter(batch["fatal"]), None)
+
+    def _stop_at(self, fault):
+        """Ends all processes if one of them has found a fault; none is left waiting, and what is trained is saved."""
+        if not self._most(fault is not None):
+            return
+        told = next(filter(None, gather_object([fault])))
+        raise UserError(told + (self._save_what_is_trained() if self.is_in_train else ""), of_all=True)
+
     def _account(self, batch):
-        """Adds up the audio trained on, and stops at a broken recording or remembers it."""
+        """Adds up the audio trained on, and remembers broken recordings."""
         if self._stage == "train":
             self._progress["audio_seconds"] += sum(batch["duration_s"])
         for reason, row, detail in batch["left_out"]:
             self._left_out.setdefault(reason, {}).setdefault(row, detail)
-        stops = batch["fatal"]
-        if self.data_collator.on_bad_audio == "error":
-            stops = stops + [f"{s}. Leave such rows out with --on_bad_audio skip." for s in batch["bad_audio"]]
-        if stops:
-            raise UserError(stops[0] + (self._save_what_is_trained() if self.is_in_train else ""))
         for sentence in batch["bad_audio"]:
             if sentence not in self._bad_audio.setdefault(self._stage, {}):
                 logger.warning("left out: %s", sentence)
             self._bad_audio[self._stage][sentence] = True
+        if batch.get("place"):
+            reader, *self._places[reader] = batch["place"]
 
     # Batches
 
     def get_train_dataloader(self):
         if not has_length(self.train_dataset):
-            loader = super().get_train_dataloader()
-            loader.worker_init_fn = _begin_worker
-            return loader
+            return self._stream_dataloader()
         self.train_sampler = self.train_batch_sampler(self.train_dataset)
-        return self._dataloader(self.train_dataset, self.train_sampler)
+        return self._prepared_dataloader(self.train_dataset, self.train_sampler)
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._dataloader(dataset, self.eval_batch_sampler(dataset))
+        return self._prepared_dataloader(dataset, self.eval_batch_sampler(dataset))
 
     def train_batch_sampler(self, dataset, **options):
         """Returns the `LengthBatchSampler` of a pass; `options` are those that depend on the model."""
@@ -215,22 +238,49 @@ class SpeechTrainer(Seq2SeqTrainer):
     def begin_pass(self):
         """Is called when a pass over the training rows begins."""
 
-    def _dataloader(self, dataset, batch_sampler):
-        args = self.args
-        worker_init = functools.partial(
-            _begin_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-        )
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=worker_init,
-        )
+    def _prepared_dataloader(self, dataset, batch_sampler):
+        loader = self._dataloader(dataset, self.args.dataloader_num_workers, batch_sampler=batch_sampler)
         return self.accelerator.prepare(loader)
+
+    def _stream_dataloader(self):
+        """Returns the loader of this process's share of a stream, from the place that the checkpoint remembers."""
+        args = self.args
+        num_readers = args.world_size * max(1, args.dataloader_num_workers)
+        self._stream = self._progress.get("stream", {"num_readers": num_readers, "num_batches": 0, "places": []})
+        num_workers, left = divmod(self._stream["num_readers"], args.world_size)
+        if left:
+            raise UserError(
+                f"The stream of this run is shared out to {self._stream['num_readers']} readers, the dataloader workers of "
+                "all processes: go on with a number of processes that divides that."
+            )
+        if self._stream["num_readers"] == num_readers:
+            num_workers = args.dataloader_num_workers
+        else:
+            args.choices.append(f"{num_workers} dataloader workers for training: the stream is shared out like that")
+            logger.info(args.choices[-1])
+        self.train_dataset.begin(args.process_index, args.world_size, **self._stream)
+        self._places = dict(self.train_dataset.places)
+        args.ignore_data_skip = True  # the stream goes on by itself, without decoding what was read before
+        # A generator of its own, or the beginning of a loader would move on the random numbers of a resumed run.
+        options = {"batch_size": self._train_batch_size, "generator": torch.Generator()}
+        loader = self._dataloader(self.train_dataset, num_workers, **options)
+        # accelerate would share the rows out once more.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def _dataloader(self, dataset, num_workers, **options):
+        args = self.args
+        return torch.utils.data.DataLoader(
+            dataset,
+            **options,
+            collate_fn=self.data_collator,
+            num_workers=num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor if num_workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=functools.partial(_begin_worker, num_workers=num_workers, rank=args.process_index),
+        )
 
     # Evaluation
 
@@ -261,32 +311,43 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def _score(self, dataloader):
         """Returns the score of a dataloader's rows, with their loss, and the rows with what was found of each."""
-        model = self.accelerator.unwrap_model(self.model).eval()
+        model = self.whole_model()
         self.callback_handler.eval_dataloader = dataloader  # for the length of the progress bar
-        found = []
-        # Processes may have one batch more or less than one another, and can agree to stop only where all have one.
-        num_common = len(self.eval_batch_sampler(dataloader.dataset)) // self.args.world_size
-        for number, batch in enumerate(dataloader):
-            if number < num_common and self._stop_is_asked():
-                raise KeyboardInterrupt
+        found, fault = [], None
+        for batch in dataloader:
+            fault = self._fault_of(batch)
+            if fault or self.stop_request.received:
+                break
             self._account(batch)
             if not batch["index"]:  # no good row; training has to take its step even so
                 continue
             with torch.no_grad(), self.accelerator.autocast():
                 found += zip(batch["index"], *self.measure_batch(model, batch))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self._stop_at(fault)
+        if self._stop_is_asked():
+            raise KeyboardInterrupt
         # The index keeps one of each row, should two processes have had it.
         by_index = {index: rest for index, *rest in gather_object(found)}
         rows = [{**dataloader.dataset.record(index), **row} for index, (row, _, _) in sorted(by_index.items())]
         if not rows:
-            raise UserError("Nothing is left to evaluate: every row of the split is unreadable.")
-        if self._stop_is_asked() and not self.is_in_train:  # training stops after its next step
-            raise KeyboardInterrupt
+            raise UserError("Nothing is left to evaluate: every row of the split is unreadable.", of_all=True)
         num_targets = sum(count for *_, count in by_index.values())
         losses = [loss for _, loss, _ in by_index.values()]
         score = {name: sum(loss[name] for loss in losses) / num_targets for name in losses[0]}
         score["unfinished"] = sum(row["is_unfinished"] for row in rows)
         return {**score, **self.compute_metrics(rows)}, rows
+
+    def whole_model(self):
+        """Returns the model in eval mode, with all of its weights, as a process may call it by itself.
+
+        Of a sharded model that is a copy, which takes memory as long as it is held, and all processes have to ask.
+        """
+        if self._skeleton is not None:
+            return sharding.filled(self._skeleton, self.model).eval()
+        model = self.accelerator.unwrap_model(self.model).eval()
+        # Trainer leaves a model that FSDP or DeepSpeed is to take over where it was loaded.
+        return model if is_quantized(model) else model.to(self.args.device)
 
     def measure_batch(self, model, batch):
         """Measures a batch whose rows are all good.
@@ -350,7 +411,10 @@ class SpeechTrainer(Seq2SeqTrainer):
         now = {split: len(rows) if has_length(rows) else None for split, rows in speech.items()}
         counts = [split for split, count in now.items() if earlier.get(split, count) != count]
         others = other_rows(earlier["account"], account)
-        if counts or others or earlier["account"]["datasets"] != account["datasets"]:
+        were, are = (
+            [{**dataset, "license": None} for dataset in one["datasets"]] for one in (earlier["account"], account)
+        )  # the license may not be known offline
+        if counts or others or were != are:
             what = "another commit"
             if counts:
                 what = f"{counts[0]} had {earlier[counts[0]]} rows, now {now[counts[0]]}"
@@ -402,6 +466,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         settings = self.args.run_arguments
         name = settings.get("model_name_or_path") or settings.get("config_name")
         model = identify(name, settings.get("model_revision"), base_of(self.model).hub_commit)
+        # What its card states, and the seconds that it hears at once.
+        model |= {"license": base_of(self.model).license, "window_s": self.window_s}
         return {"model": model, "models": self.other_models()}
 
     def other_models(self):
@@ -437,11 +503,18 @@ class SpeechTrainer(Seq2SeqTrainer):
             remove_half_written(self.args.output_dir, *last)
         broadcast_object_list(last)
         checkpoint = self.args.resume_from_checkpoint or last[0]
+        if self._most(checkpoint is not None and not Path(checkpoint).is_dir()):
+            raise UserError(
+                f"Not every machine sees {checkpoint}: choose an --output_dir on a disk that all of them share.", of_all=True
+            )
         if checkpoint:
+            sharding.require_same_layout(checkpoint, self)
             self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
             self._bad_audio, self._left_out = self._progress["bad_audio"], self._progress["left_out"]
             if self._load_finished(checkpoint):
                 return
+            # Each process goes on with its share, so that the sum over the processes is right again.
+            self._progress["audio_seconds"] /= self.args.world_size
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         state = sum(p.numel() for p in self.model.parameters() if p.requires_grad) * ADAM_BYTES_PER_PARAMETER
         require_space(self.args.output_dir, (weights + state) * ((self.args.save_total_limit or 2) + 1))
@@ -453,6 +526,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.choose_max_batch_seconds()
         set_seed(self.args.seed)  # a launch that finds the model measured has drawn fewer random numbers so far
         self._started, self._evaluation_seconds = time.monotonic(), 0.0
+        self._skeleton = sharding.skeleton_of(self.model) if self.is_fsdp_enabled else None
         with self._stoppable(), writing(self.args.output_dir):
             try:
                 self.train(resume_from_checkpoint=checkpoint)
@@ -461,11 +535,17 @@ class SpeechTrainer(Seq2SeqTrainer):
                     f"The GPU ran out of memory at step {self.state.global_step}: halve --per_device_train_batch_size "
                     "and double --gradient_accumulation_steps."
                 ) from None
+            except pickle.UnpicklingError:  # optimizer, schedule and random states are read as numbers alone
+                raise UserError(
+                    f"{checkpoint} holds something else than numbers, or is damaged: delete that folder to go on from "
+                    "the checkpoint before it."
+                ) from None
         if self._stops:
             raise Interrupted(
                 f"Stopped at step {self.state.global_step} of {self.state.max_steps}; checkpoint-{self.state.global_step} "
                 f"is saved in {self.args.output_dir}. Run the same command again to go on.",
                 self.stop_request.received,
+                of_all=True,
             )
         self._record_training(self._progress_now())
 
@@ -549,10 +629,14 @@ class SpeechTrainer(Seq2SeqTrainer):
 
     def _stop_is_asked(self):
         """Tells whether a signal has come; under several processes it may have reached them at different steps."""
-        if self.args.world_size > 1:
-            stop = torch.tensor([self.stop_request.received], device=self.args.device)
-            self.stop_request.note(gather(stop).max().item())
+        self.stop_request.note(self._most(self.stop_request.received))
         return self.stop_request.received > 0
+
+    def _most(self, number):
+        """Returns the largest of the numbers that the processes have; all have to ask."""
+        if self.args.world_size == 1:
+            return number
+        return gather(torch.tensor([int(number)], device=self.args.device)).max().item()
 
     def _progress_now(self):
         """Returns the seconds spent so far (training, evaluating meanwhile, in all) and the audio seen by all processes."""
@@ -583,21 +667,36 @@ class SpeechTrainer(Seq2SeqTrainer):
         logger.info("This run is finished: nothing is trained any more, its weights are those of %s", folder)
         self._load_from_checkpoint(str(folder if is_whole_checkpoint(folder) else checkpoint))
         if "train" not in self.results:  # it was killed right after its last step
-            audio_seconds = self._progress["audio_seconds"] * self.args.world_size
-            self._record_training({**self._progress, "audio_seconds": audio_seconds})
+            self._record_training(self._progress)
         return True
 
-    def _save_what_is_trained(self, together=False):
+    def _load_rng_state(self, checkpoint):
+        """Goes on with the random numbers of a checkpoint; a process that it knows nothing of begins its own."""
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if checkpoint is None or (Path(checkpoint) / name).exists():
+            super()._load_rng_state(checkpoint)
+        else:
+            set_seed(hash((self.args.seed, self.state.global_step, self.args.process_index)) % 2**32)
+
+    def _save_what_is_trained(self):
         """Saves a checkpoint of the last whole step if there is none, and returns the sentence that says so.
 
-        Args:
-            together: whether all processes are here to take part.
+        All processes have to take part.
         """
-        step = self.state.global_step
-        if not step or (self.args.world_size > 1 and not together):
+        if not self.state.global_step:
             return ""
         self._save_checkpoint(self.model, None)
-        return f" The {step} steps trained so far are saved: the same command goes on from there."
+        return f" The {self.state.global_step} steps trained so far are saved: the same command goes on from there."
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Saves the model for stock tools; the checkpoints of a sharded one, which Trainer asks for, stay sharded."""
+        if _internal_call or not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        sharded, self.model = self.model, self.whole_model()
+        try:
+            self._save(output_dir)
+        finally:
+            self.model = sharded
 
     def _get_output_dir(self, trial):
         return self._place_of_checkpoints or super()._get_output_dir(trial)
@@ -610,7 +709,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         output_dir = Path(self.args.output_dir)
         aside = output_dir / PART_FOLDER
         folder, part = (place / f"checkpoint-{self.state.global_step}" for place in (output_dir, aside))
-        if is_whole_checkpoint(folder):
+        if self._most(self.args.should_save and is_whole_checkpoint(folder)):
             return
         bad_audio, left_out = self._gather_faults()
         progress = self._progress_now() | {
@@ -622,8 +721,8 @@ class SpeechTrainer(Seq2SeqTrainer):
             "bad_audio": bad_audio,
             "left_out": left_out,
         }
-        # Every process resumes with its share, so that the sum over the processes is right again.
-        progress["audio_seconds"] /= self.args.world_size
+        if not has_length(self.train_dataset):
+            progress["stream"] = {**self._stream, "places": gather_object(self._stream["places"])}
         self._place_of_checkpoints = str(aside)
         try:
             with writing(output_dir):
@@ -683,15 +782,22 @@ class _StopRequest:
             raise SystemExit(EXIT_CODES[signum])
 
 
-def _begin_worker(worker_id, num_workers=None, rank=None):
-    """Seeds a dataloader worker, and lets the signals pass that reach every process: its parent needs it to stop well.
+def _begin_worker(worker_id, num_workers, rank):
+    """Seeds a dataloader worker; of the signals that reach every process it obeys its own process's only.
 
-    A second SIGTERM is its parent's, who has no more use for it.
+    Launchers and schedulers send theirs to all processes of a run, which needs its workers to stop well.
     """
-    if num_workers is not None:  # None: of a stream, whose rows are drawn elsewhere
-        seed_worker(worker_id, num_workers, rank)
+    seed_worker(worker_id, num_workers, rank)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Stoppable:
@@ -710,10 +816,11 @@ class _Stoppable:
         if kind is not KeyboardInterrupt:
             return
         trainer = self.trainer
-        saved = trainer._save_what_is_trained(together=True) if trainer.is_in_train else ""
+        saved = trainer._save_what_is_trained() if trainer.is_in_train else ""
         raise Interrupted(
             f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}",
             trainer.stop_request.received,
+            of_all=True,
         ) from None
 
 
@@ -738,6 +845,12 @@ class _SpeechCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
+        if not has_length(trainer.train_dataset):
+            trainer._stream |= {
+                "num_batches": state.global_step * args.gradient_accumulation_steps * args.world_size,
+                "places": list(trainer._places.items()),
+            }
+            state.epoch = state.global_step / state.max_steps  # Trainer begins to count anew when a stream is resumed
         ends_epoch = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
         trainer._evaluation_is_due = control.should_evaluate or ends_epoch
         trainer._stops = trainer._stop_is_asked()
@@ -753,7 +866,8 @@ class _SpeechCallback(TrainerCallback):
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise UserError(
                 f"The loss at step {state.global_step} is {logs['loss']}: lower --learning_rate; the checkpoints in "
-                f"{args.output_dir} are kept."
+                f"{args.output_dir} are kept.",
+                of_all=True,
             )
 
 

@@ -9,6 +9,7 @@ from hfspeech.batching import COMPILED_LABELS, COMPILED_LENGTHS, TRAIN_TAIL_S, L
 from hfspeech.errors import UserError
 from hfspeech.modeling.whisper import EncoderOutputs, cut_at_bounds, decoder_input_ids, token_bounds, token_losses
 from hfspeech.models.loading import base_of
+from hfspeech.training import sharding
 from hfspeech.training.trainer import SpeechTrainer
 
 CACHED_LENGTHS = 32  # rows of a frozen encoder are rounded up to one of so many lengths, and meet only their like
@@ -35,7 +36,7 @@ class WhisperTrainer(SpeechTrainer):
         if train_dataset is not None and not has_length(train_dataset) and args.encoder_window == "auto":
             window_s, share = processing_class.feature_extractor.chunk_length, args.full_window_share
             length = StreamLength(window_s, args.per_device_train_batch_size, share, args.seed)
-            train_dataset = train_dataset.map(length)
+            train_dataset.transforms.append(length)
         if args.encoder_window == "auto" and base_of(model).config._attn_implementation not in ("sdpa", "eager"):
             raise UserError(
                 "--encoder_window auto weighs silence, which of transformers' attention kernels only sdpa and eager can: "
@@ -74,8 +75,10 @@ class WhisperTrainer(SpeechTrainer):
         config = base_of(model).config
         may_change = (
             any(p.requires_grad for p in base_of(model).model.encoder.parameters())
-            or getattr(train_dataset, "transforms", True)  # a stream is not read twice in the same order
+            or not has_length(train_dataset)  # of a stream, few rows come twice
+            or train_dataset.transforms
             or config.apply_spec_augment
+            or sharding.asks_for("FSDP")  # a layer is put together by all processes at once, or by none
             or max(config.dropout, config.attention_dropout, config.activation_dropout, config.encoder_layerdrop) > 0
         )
         if not args.cache_encoder_outputs or may_change:
