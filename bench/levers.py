@@ -3,7 +3,6 @@
 # Levers that have a setting: name → the settings that take it away.
 SETTINGS = {
     "encoder_window": {"encoder_window": "full"},
-    "full_window_share": {"full_window_share": 0.0},  # not a lever but a price: it is gained by leaving it away
     "bf16": {"bf16": False},
     "fused_adamw": {"optim": "adamw_torch"},
     "sdpa": {"attn_implementation": "eager"},

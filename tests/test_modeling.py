@@ -8,13 +8,23 @@ from conftest import DIGITS, NANO
 from peft import PeftModel
 from torch.nn import functional
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hfspeech.arguments import LoraArguments, WhisperArguments
 from hfspeech.audio import decode
 from hfspeech.batching import WhisperCollator
 from hfspeech.modeling import whisper as modeling
-from hfspeech.modeling.whisper import EncoderOutputs, cut_at_bounds, make_fast, token_bounds, token_losses
+from hfspeech.modeling.whisper import (
+    EncoderOutputs,
+    cut_at_bounds,
+    decoder_input_ids,
+    make_fast,
+    num_silent,
+    silent_positions,
+    token_bounds,
+    token_losses,
+)
 from hfspeech.models.lora import add_lora
 from hfspeech.models.whisper import load_whisper
 
@@ -34,7 +44,7 @@ def batch():
     collator = WhisperCollator(processor)
     waveforms = [decode(path) for path in sorted((DIGITS / "test").glob("*.ogg"))[:3]]
     full = collator.features(waveforms)
-    short = collator.features(waveforms, max(map(len, waveforms)) / 16000)
+    short = collator.features(waveforms, max(map(len, waveforms)) / 16000 + 0.2)
     labels = collator.labels(["four two", "nine", "six six zero one"], [1.0] * 3)
     assert short.shape[-1] < full.shape[-1] and (labels == -100).any()
     return full, short, labels
@@ -57,18 +67,57 @@ def test_at_the_full_window_the_encoder_is_stock(batch):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("frames", [2, 38, 120, 246])
-def test_a_shorter_input_is_what_a_stock_encoder_of_a_shorter_window_makes_of_it(batch, frames):
-    """Its position embeddings are the first ones, and nothing else differs."""
-    features = batch[0][..., :frames]
-    shorter = stock().model.encoder
-    shorter.config.max_source_positions = frames // 2
-    shorter.embed_positions = torch.nn.Embedding.from_pretrained(shorter.embed_positions.weight[: frames // 2])
+@pytest.fixture(scope="module")
+def tuned_length(batch):
+    """(the encoder's output of the short input, the stock model's of the full window)."""
+    full, short, _ = batch
     with torch.no_grad():
-        ours = make_fast(stock()).model.encoder(features).last_hidden_state
-        theirs = shorter(features).last_hidden_state
-    assert ours.shape == (3, frames // 2, 128)
-    assert torch.equal(ours, theirs)
+        return make_fast(stock()).model.encoder(short).last_hidden_state, stock().model.encoder(full).last_hidden_state
+
+
+def losses(model, states, labels):
+    with torch.no_grad():
+        logits = model(encoder_outputs=BaseModelOutput(states), decoder_input_ids=decoder_input_ids(model.config, labels))
+    return functional.cross_entropy(logits.logits.transpose(1, 2), labels, reduction="none")
+
+
+def test_a_short_input_is_heard_as_at_the_full_window(batch, tuned_length):
+    """Its own positions, and what the decoder makes of all of them, are nearly those of the padded recording."""
+    short, full = tuned_length
+    own = batch[1].shape[-1] // 2 - 1
+    assert short.shape[1] == own + 4 + 1 < full.shape[1]  # 4 positions stand for the rest of 125
+    assert (short[:, :own] - full[:, :own]).norm() < 0.01 * full[:, :own].norm()
+    found, wanted = losses(make_fast(stock()), short, batch[2]), losses(stock(), full, batch[2])
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    unweighted = losses(stock(), short, batch[2])
+    assert (unweighted - wanted).abs().max() > 3 * (found - wanted).abs().max()
+
+
+@pytest.mark.parametrize("missing", [1, 4])
+def test_silence_that_is_not_longer_than_what_stands_for_it_is_stock(batch, missing):
+    full = batch[0]
+    with torch.no_grad():
+        almost = make_fast(stock()).model.encoder(full[..., : full.shape[-1] - 2 * missing]).last_hidden_state
+        torch.testing.assert_close(almost, stock().model.encoder(full).last_hidden_state)
+
+
+@pytest.mark.parametrize("window", [125, 1500])
+def test_what_stands_for_silence_is_spread_evenly_and_inside(window):
+    for start in range(1, window):
+        found = silent_positions(start, window)
+        assert len(found) == min(num_silent(window), window - 1 - start)
+        assert found == sorted(set(found)) and all(start <= position < window - 1 for position in found)
+        if len(found) == num_silent(window):
+            assert sum(found) / len(found) == pytest.approx((start + window - 2) / 2, abs=1)
+
+
+def test_spec_augment_leaves_the_silence_alone_that_stands_for_the_rest(batch):
+    masks = {"mask_time_prob": 0.9, "mask_time_length": 4, "mask_feature_prob": 0.0}
+    model, heard = load(apply_spec_augment=True, **masks).train(), []
+    model.model.encoder.register_forward_pre_hook(lambda m, inputs: heard.append(inputs[0]))
+    model(input_features=batch[1].clone(), labels=batch[2])  # masked in place
+    same = (heard[0] == batch[1]).all(dim=1)
+    assert same[:, -8:].all() and not same[:, :-8].all(dim=1).any()
 
 
 def test_the_transcripts_at_the_full_window_are_stock(batch):

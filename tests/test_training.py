@@ -482,6 +482,16 @@ def test_a_model_tuned_unpadded_is_measured_both_ways(few_digits, tmp_path):
     assert "unpadded" not in trainer.results["after"] and trainer.results["after"]["rows"] == 8
 
 
+def test_a_kernel_that_cannot_weigh_silence_is_refused(few_digits, tmp_path):
+    trainer = make_trainer(few_digits, tmp_path, lora=False)
+    trainer.model.config._attn_implementation = "flash_attention_2"  # which loads only where there is a GPU for it
+    given = (trainer.model, trainer.args, trainer.train_dataset, trainer.eval_dataset, trainer.data_collator, None)
+    with pytest.raises(UserError, match="only sdpa and eager can"):
+        WhisperTrainer(*given, trainer.processing_class)
+    trainer.args.encoder_window = "full"
+    WhisperTrainer(*given, trainer.processing_class)
+
+
 def test_before_its_first_step_a_model_is_given_the_full_window(few_digits, tmp_path):
     trainer = make_trainer(few_digits, tmp_path, max_steps=2, eval_steps=1, save_steps=2)
     frames = []

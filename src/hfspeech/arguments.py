@@ -352,7 +352,7 @@ class WhisperTrainingArguments(SpeechTrainingArguments):
         },
     )
     full_window_share: float = field(
-        default=0.25,
+        default=0.0,
         metadata={"help": "Share of the steps that auto pads to the full window, with fewer rows at the same cost."},
     )
     cache_encoder_outputs: bool = field(

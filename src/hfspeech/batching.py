@@ -12,8 +12,9 @@ from .text import labels_of
 
 # A recording may outlast the model's window by this much, which is cut off: its times are rounded somewhere.
 CUT_SLACK_S = 0.1
-# Silence behind the longest row of an unpadded batch. In training its length is drawn at random, so that the model
-# relies on none; the frames of speech are those of a padded recording from 200 samples of silence on.
+# Silence behind the longest row of an unpadded batch; `VariableLengthEncoder` tells from its end how silence sounds. In
+# training its length is drawn at random, so that other positions stand for the rest of the window each time. The frames
+# of speech are those of a padded recording from 200 samples of silence on.
 TAIL_S = 0.6
 TRAIN_TAIL_S = (0.2, 1.0)
 # An evaluation batch of short rows holds at most this many times the rows that it holds at the full window.

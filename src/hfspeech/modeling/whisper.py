@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import (
+    WhisperAttention,
     WhisperEncoder,
     WhisperForConditionalGeneration,
     shift_tokens_right,
@@ -19,30 +20,72 @@ CHUNK_TOKENS = 1024
 # More tokens than speech of this length has in any script: a text that has more is a loop.
 BOUND_TOKENS_PER_SECOND, BOUND_TOKENS = 25, 20
 PROMPT_TOKENS = 4  # start, language, task, no timestamps
+# What stands for the silence behind a short input: blocks of so many positions, because attention also looks at the next
+# neighbours, and one block for each so many positions of the window; 44 of Whisper's 1,500 positions in all.
+SILENT_BLOCK, WINDOW_PER_BLOCK = 4, 128
+SILENT_FRAMES = 8  # at the end of a short input, that silence is taken from
 
 
 class VariableLengthEncoder(WhisperEncoder):
     """Whisper's encoder for any even number of frames up to its window, at the cost of what it is given.
 
-    transformers' own insists on the full window. The position embeddings are sinusoids counted from the beginning, so
-    those of a shorter input are the first ones. At the full window this is transformers' own forward.
+    transformers' own insists on the full window. What fills it is silence, whose positions differ by their embedding
+    alone. So a few of them, evenly spread, stand for all, and each counts in every attention as often as there are
+    positions that it stands for (`WindowAttention`). Without that weight of silence a model hears, and learns,
+    something else than at the full window. There, this is transformers' own forward.
 
-    forward takes `input_features`, (batch, num_mel_bins, frames) float, and returns a `BaseModelOutput` whose
-    `last_hidden_state` is (batch, frames / 2, d_model).
+    forward takes `input_features`, (batch, num_mel_bins, frames) float, which end with 0.2 s of silence or more, or
+    with the window, and returns a `BaseModelOutput` whose `last_hidden_state` is
+    (batch, min(frames / 2 + `num_silent`, the window's), d_model).
     """
 
     def forward(self, input_features, attention_mask=None, **kwargs):
-        positions = input_features.shape[-1] // 2
-        if positions == self.config.max_source_positions:
+        positions, window = input_features.shape[-1] // 2, self.config.max_source_positions
+        if positions == window:
             return super().forward(input_features, attention_mask, **kwargs)
         hidden = functional.gelu(self.conv1(input_features))
         hidden = functional.gelu(self.conv2(hidden)).permute(0, 2, 1)
-        hidden = hidden + self.embed_positions.weight[:positions]
+        # The last position sees the edge, unlike the silence before it, and is the last one of the window, too.
+        silent = silent_positions(positions - 1, window)
+        hidden = torch.cat([hidden[:, :-1], hidden[:, -2:-1].expand(-1, len(silent), -1), hidden[:, -1:]], dim=1)
+        hidden = hidden + self.embed_positions.weight[[*range(positions - 1), *silent, window - 1]]
         hidden = functional.dropout(hidden, p=self.dropout, training=self.training)
         for layer in self.layers:
             if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
                 hidden = layer(hidden, None, **kwargs)
         return BaseModelOutput(self.layer_norm(hidden))
+
+
+class WindowAttention(WhisperAttention):
+    """Attention to what a `VariableLengthEncoder` makes of a short input as if all of the window's silence were there.
+
+    Keys fewer than the window's positions are those of a short input. The `num_silent` before the last one stand
+    for those that are missing, too: a key counts w times if log w is added to its logits.
+    """
+
+    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
+        keys = hidden_states if key_value_states is None else key_value_states
+        window = self.config.max_source_positions
+        missing, silent = window - keys.shape[1], num_silent(window)
+        if missing > 0:
+            attention_mask = keys.new_zeros(1, 1, 1, keys.shape[1])
+            attention_mask[..., -1 - silent : -1] = math.log(1 + missing / silent)
+            attention_mask = attention_mask.expand(len(hidden_states), 1, hidden_states.shape[1], -1)
+        return super().forward(hidden_states, key_value_states, past_key_values, attention_mask, **kwargs)
+
+
+def num_silent(window):
+    """Returns how many positions stand for the silence behind a short input, by the number of the window's."""
+    return SILENT_BLOCK * max(1, window // WINDOW_PER_BLOCK)
+
+
+def silent_positions(start, window):
+    """Returns the positions that stand for those from `start` to the window's last but one: all, if they are few."""
+    count, num_blocks = window - 1 - start, num_silent(window) // SILENT_BLOCK
+    if count <= num_blocks * SILENT_BLOCK:
+        return list(range(start, window - 1))
+    firsts = [int(start + (block + 0.5) * count / num_blocks - SILENT_BLOCK / 2) for block in range(num_blocks)]
+    return [first + i for first in firsts for i in range(SILENT_BLOCK)]
 
 
 def make_fast(model):
@@ -60,12 +103,21 @@ def make_fast(model):
     """
     model.forward = types.MethodType(_forward, model)
     model.model.encoder.__class__ = VariableLengthEncoder
+    for attention in [
+        *(layer.self_attn for layer in model.model.encoder.layers),
+        *(layer.encoder_attn for layer in model.model.decoder.layers),
+    ]:
+        attention.__class__ = WindowAttention
     return model
 
 
 def _forward(self, *args, labels=None, label_smoothing=0.0, **kwargs):
     if labels is None:
         return WhisperForConditionalGeneration.forward(self, *args, **kwargs)
+    if self.training and self.config.apply_spec_augment and "input_features" in kwargs:
+        batch, _, frames = kwargs["input_features"].shape
+        may_be_masked = torch.arange(frames, device=labels.device) < frames - SILENT_FRAMES
+        kwargs["attention_mask"] = may_be_masked.expand(batch, -1).long()  # its use is to say where SpecAugment may mask
     read = decoder_input_ids(self.config, labels)
     hidden = self.model(*args, decoder_input_ids=read, use_cache=False, **kwargs).last_hidden_state
     return Seq2SeqLMOutput(loss=token_losses(self.proj_out, hidden, labels, label_smoothing).sum())

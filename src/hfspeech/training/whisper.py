@@ -6,6 +6,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import has_length
 
 from hfspeech.batching import COMPILED_LABELS, COMPILED_LENGTHS, TRAIN_TAIL_S, LongestFirstSampler, StreamLength
+from hfspeech.errors import UserError
 from hfspeech.modeling.whisper import EncoderOutputs, cut_at_bounds, decoder_input_ids, token_bounds, token_losses
 from hfspeech.models.loading import base_of
 from hfspeech.training import sharding
@@ -36,6 +37,11 @@ class WhisperTrainer(SpeechTrainer):
             window_s, share = processing_class.feature_extractor.chunk_length, args.full_window_share
             length = StreamLength(window_s, args.per_device_train_batch_size, share, args.seed)
             train_dataset.transforms.append(length)
+        if args.encoder_window == "auto" and base_of(model).config._attn_implementation not in ("sdpa", "eager"):
+            raise UserError(
+                "--encoder_window auto weighs silence, which of transformers' attention kernels only sdpa and eager can: "
+                "choose one of these with --attn_implementation, or --encoder_window full."
+            )
         self.encoder_outputs = self._plan_encoder_outputs(model, args, train_dataset)
         base_of(model).generation_config.encoder_window = args.encoder_window  # for whoever transcribes with it
         data_collator.pad_labels_to_multiple_of = COMPILED_LABELS if args.torch_compile else 1
