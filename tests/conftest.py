@@ -1,6 +1,7 @@
 """What the tests share: the shipped nano Whisper, a few shipped rows, and a way to launch a recipe as a user does."""
 
 import csv
+import logging
 import itertools
 import os
 import shutil
@@ -18,6 +19,14 @@ NANO_SPEECHT5 = ROOT / "assets/nano_speecht5"
 DIGITS = ROOT / "assets/espeak_digits"
 VOICE = ROOT / "assets/flite_voice"
 NEW_DIGITS = ROOT / "assets/flite_digits"
+
+
+@pytest.fixture(autouse=True)
+def notes_go_to_pytest():
+    """A program's main function, run in this process, sends the package's notes elsewhere."""
+    notes = logging.getLogger("hfspeech")
+    notes.handlers, notes.propagate = [], True
+    notes.setLevel(logging.NOTSET)
 
 
 def copy_rows(target, split, count, source=NEW_DIGITS):

@@ -226,7 +226,7 @@ def mixed_rows(tmp_path):
     ]
     lines = ["file_name,text,duration", *(",".join(map(str, row)) for row in rows)]
     (tmp_path / "test.csv").write_text("\n".join(lines) + "\n")
-    return load_split(DataArguments(dataset_name=[str(tmp_path)]), "test")
+    return load_split(DataArguments(dataset_name=[str(tmp_path)], audio_root=[str(CLIPS)]), "test")
 
 
 def test_evaluation_agrees_with_stock_inference_and_leaves_out_only_what_is_broken(untrained, mixed_rows):

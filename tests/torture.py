@@ -188,7 +188,10 @@ def torture(run, num_kills, rng, signum=signal.SIGKILL):
 
 
 def differences(one, other):
-    """Returns the names of what differs between two finished output folders; volatile figures aside."""
+    """Returns the names of what differs between two finished output folders; volatile figures aside.
+
+    The model card is made from run.json, and names such figures among its words.
+    """
     found = []
 
     def compare(name, a, b):
@@ -205,7 +208,7 @@ def differences(one, other):
     names = sorted({path.name for folder in (one, other) for path in folder.iterdir() if path.is_file()})
     for name in names:
         contents = [(folder / name).read_bytes() if (folder / name).exists() else None for folder in (one, other)]
-        if name not in ("run.json", "training_args.bin", ".lock") and contents[0] != contents[1]:
+        if name not in ("run.json", "README.md", "training_args.bin", ".lock") and contents[0] != contents[1]:
             found.append(name)
     return found
 
