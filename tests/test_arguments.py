@@ -249,7 +249,7 @@ def test_a_token_is_refused_and_never_repeated(parsed):
 def test_choices_made_for_the_user_give_their_reason(parsed):
     *_, train = parsed({})
     assert train.precision_is_open and not train.bf16  # on a CPU the trainer decides, for it depends on the model
-    assert any(c.startswith(f"{default_num_workers()} dataloader workers: ") for c in train.choices)
+    assert any(c.startswith(f"dataloader workers: {default_num_workers()}, ") for c in train.choices)
     *_, train = parsed({"fp16": False, "bf16": False, "dataloader_num_workers": 0})
     assert train.choices == ["fp32: given"] and not train.precision_is_open
     assert train.dataloader_num_workers == 0
