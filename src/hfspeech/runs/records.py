@@ -206,13 +206,14 @@ def environment():
 
     Returns:
         `date` (UTC), `commit` (40 hexadecimal digits) and `dirty` (whether the checkout differs from it; both None where
-        the package stands in no checkout; records from before `dirty` have a `+` at the end of the commit instead),
-        `command`, `hardware` (`cpu`, `cores`, `memory_bytes`, `gpus`), `processes` and `versions`.
+        the package stands in no checkout; `commit_of` reads them), `command`, `hardware` (`cpu`, `cores`, `memory_bytes`,
+        `gpus`), `processes`, `sharding` (`fsdp` or `deepspeed` if the launch asked for it) and `versions`.
     """
     import torch
 
     versions = {"python": platform.python_version(), "hfspeech": _version("hfspeech")}
     versions |= {name: _version(name) for name in PACKAGES}
+    sharded = [name for name in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"]
     commit, dirty = _commit()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -226,8 +227,18 @@ def environment():
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "sharding": sharded[0] if sharded else None,
         "versions": versions,
     }
+
+
+def commit_of(made):
+    """Returns the commit of an `environment`, empty if it is not known, and whether its checkout differed from it.
+
+    Records from before `dirty` have a `+` at the end of the commit instead.
+    """
+    commit = made.get("commit") or ""
+    return commit.removesuffix("+"), bool(made.get("dirty")) or commit.endswith("+")
 
 
 def command():
