@@ -156,7 +156,8 @@ folder, heard = pathlib.Path(sys.argv[1]), []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: heard.append(int(number)))
 (folder / "ready").touch()
-while not heard:
+until = time.time() + 20
+while not heard and time.time() < until:
     time.sleep(0.02)
 time.sleep(0.5)  # as long as it takes to save
 (folder / "heard").write_text(str(heard))
