@@ -256,18 +256,23 @@ def test_folders_of_a_manifest_are_kept_or_given_anew(tmp_path):
     assert main(["reproduce", str(tmp_path / "record.json"), "--audio_root", str(tmp_path), "--dry_run"]) == 0
 
 
-@pytest.mark.parametrize("sharding", [None, "fsdp", "deepspeed"])
+@pytest.mark.parametrize("sharding", [None, "fsdp2", "deepspeed_zero2"])
 def test_a_run_is_sharded_as_it_was(sharding, monkeypatch):
     """By what accelerate itself makes of the command."""
     if sharding:
-        monkeypatch.setenv(f"ACCELERATE_USE_{sharding.upper()}", "true")
-    made = runs.environment()
-    assert made["sharding"] == sharding
-    _, _, _, *line = _command(LORA, "args.yaml", made | {"processes": 4})
+        monkeypatch.setenv(f"ACCELERATE_USE_{sharding.rstrip('2').partition('_')[0].upper()}", "true")
+    record = record_of()
+    record["environment"] = runs.environment() | {"processes": 4}
+    assert record["environment"]["sharding"] == sharding
+    _, _, _, *line = _command(LORA, "args.yaml", record)
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
     assert (args.num_processes, args.training_script, args.mixed_precision) == (4, str(LORA), "no")
-    chosen = {None: args.multi_gpu, "fsdp": args.use_fsdp and args.fsdp_version == 2, "deepspeed": args.use_deepspeed}
+    chosen = {None: args.multi_gpu, "fsdp2": args.use_fsdp, "deepspeed_zero2": args.use_deepspeed}
     assert [name for name, is_chosen in chosen.items() if is_chosen] == [sharding]
+    assert args.fsdp_version == 2 or sharding != "fsdp2"
+    record["environment"]["sharding"] = "../launch/fsdp2"
+    with pytest.raises(UserError, match="sharded by ../launch/fsdp2, which this checkout lacks"):
+        _command(LORA, "args.yaml", record)
 
 
 def test_half_precision_needs_a_gpu(caplog):

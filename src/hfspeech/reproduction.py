@@ -21,7 +21,6 @@ from .hub import fetch_file
 from .publish import figure_text
 from .publish.figures import aligned, figures, main_figure
 from .runs import CHECKOUT, RUN_FILE, claim_folder, commit_of, environment, find_record, read_json, read_record
-from .training.sharding import CONFIGS, LAUNCH
 
 ARGUMENTS_FILE = "args.yaml"  # in the new output folder
 # Of what is no part of a run's identity, this still decides whether it comes to its end, or how fine its log is.
@@ -78,7 +77,7 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
     if (output_dir / RUN_FILE).resolve() == file.resolve():
         raise UserError(f"{output_dir} is the run itself: give the new one another --output_dir.")
     settings["output_dir"] = str(output_dir)
-    command = _command(recipe, output_dir / ARGUMENTS_FILE, record["environment"])
+    command = _command(recipe, output_dir / ARGUMENTS_FILE, record)
 
     print(environment_text(record["environment"], {**environment(), "processes": processes}))
     text = f"# What {place} was run with, its revisions pinned.\n"
@@ -252,13 +251,16 @@ def _absolute(value):
     return str(path.resolve()) if path.exists() else value
 
 
-def _command(recipe, arguments_file, made):
-    """Returns the command that runs a recipe by as many processes as an `environment` had, sharded as there."""
-    processes, sharding = made["processes"], made.get("sharding")
+def _command(recipe, arguments_file, record):
+    """Returns the command that runs a recipe by as many processes as that of a record, sharded as there."""
+    processes, sharding = record["environment"]["processes"], record["environment"].get("sharding")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if sharding in CONFIGS:
-        launch += ["--config_file", str(CHECKOUT / LAUNCH / CONFIGS[sharding])]
+    if sharding:
+        configs = {path.stem: str(path) for path in (CHECKOUT / "recipes/launch").glob("*.yaml")}
+        if sharding not in configs:
+            raise UserError(f"The run was sharded by {sharding}, which this checkout lacks: {_check_out(record)}.")
+        launch += ["--config_file", configs[sharding]]
     elif processes > 1:
         launch += ["--multi_gpu"]
     return [*launch, str(recipe), str(arguments_file)]

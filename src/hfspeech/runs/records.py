@@ -207,13 +207,13 @@ def environment():
     Returns:
         `date` (UTC), `commit` (40 hexadecimal digits) and `dirty` (whether the checkout differs from it; both None where
         the package stands in no checkout; `commit_of` reads them), `command`, `hardware` (`cpu`, `cores`, `memory_bytes`,
-        `gpus`), `processes`, `sharding` (`fsdp` or `deepspeed` if the launch asked for it) and `versions`.
+        `gpus`), `processes`, `sharding` (the configuration in recipes/launch by which, or by one like it, they share one
+        model out; None if they do not) and `versions`.
     """
     import torch
 
     versions = {"python": platform.python_version(), "hfspeech": _version("hfspeech")}
     versions |= {name: _version(name) for name in PACKAGES}
-    sharded = [name for name in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"]
     commit, dirty = _commit()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -227,7 +227,7 @@ def environment():
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "sharding": sharded[0] if sharded else None,
+        "sharding": _sharding(),
         "versions": versions,
     }
 
@@ -272,6 +272,15 @@ def _commit():
     except (OSError, subprocess.CalledProcessError):
         return None, None
     return described.removesuffix("+"), described.endswith("+")
+
+
+def _sharding():
+    def says(name, value):
+        return os.environ.get(f"ACCELERATE_{name}", "").lower() == value
+
+    if says("USE_DEEPSPEED", "true"):
+        return "deepspeed_zero3" if says("DEEPSPEED_ZERO_STAGE", "3") else "deepspeed_zero2"
+    return "fsdp2" if says("USE_FSDP", "true") else None
 
 
 def _recipe():
