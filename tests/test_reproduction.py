@@ -2,27 +2,40 @@
 
 import copy
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import NANO, NANO_SPEECHT5, ROOT, environment, launch
 from loopback_hub import LoopbackHub
 from test_recipes import kill_all, wait_for
 from test_training import make_trainer
 from transformers import set_seed
 
-from hfspeech.arguments import DataArguments, SpeechT5Arguments, SpeechT5TrainingArguments
+from hfspeech import runs
+from hfspeech.arguments import DataArguments, SpeechT5Arguments, SpeechT5TrainingArguments, default_num_workers
 from hfspeech.batching import SpeechT5Collator
 from hfspeech.cli import main
 from hfspeech.data import load_speech
-from hfspeech.errors import UserError
+from hfspeech.errors import EXIT_CODES, UserError, _terminate
 from hfspeech.models.speecht5 import load_speecht5
 from hfspeech.models.vocoders import load_vocoder
-from hfspeech.reproduction import differences_of_material, environment_text, reproduce, settings_of
+from hfspeech.reproduction import (
+    _command,
+    _launch,
+    differences_of_material,
+    environment_text,
+    reproduce,
+    settings_of,
+)
 from hfspeech.training.speecht5 import SpeechT5Trainer
 from hfspeech.voices import find_voices, load_speaker_encoder
 
@@ -121,7 +134,9 @@ def test_an_altered_record_is_not_reproduced(finished, reproduced, tmp_path, cap
 def test_a_run_fetched_from_the_hub(finished, tmp_path):
     target = tmp_path / "hub/models/acme/run"
     target.mkdir(parents=True)
-    shutil.copy(finished / "run.json", target)
+    record = json.loads((finished / "run.json").read_text())
+    record["arguments"]["audio_root"] = ["/"]
+    (target / "run.json").write_text(json.dumps(record))
     (tmp_path / "hub/models/acme/bare").mkdir()
     (tmp_path / "hub/models/acme/bare/config.json").write_text("{}")
     with LoopbackHub(tmp_path / "hub") as hub:
@@ -130,7 +145,43 @@ def test_a_run_fetched_from_the_hub(finished, tmp_path):
         code += "\nmain(['reproduce', 'acme/bare', '--dry_run'])"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
     assert "code 0" in done.stdout and "max_steps: 6" in done.stdout and "recipes/whisper_lora/run.py" in done.stdout
+    assert f"output_dir: {ROOT}/outputs/run_reproduced\n" in done.stdout and "audio_root" not in done.stdout
     assert done.returncode == 2 and "acme/bare on the Hub holds no run.json" in done.stderr
+
+
+A_LAUNCHER = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]) and 1)"
+A_RUN = """
+import pathlib, signal, sys, time
+folder, heard = pathlib.Path(sys.argv[1]), []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: heard.append(int(number)))
+(folder / "ready").touch()
+until = time.time() + 20
+while not heard and time.time() < until:
+    time.sleep(0.02)
+time.sleep(0.5)  # as long as it takes to save
+(folder / "heard").write_text(str(heard))
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_run_once_and_its_end_is_waited_for(signum, tmp_path):
+    def stop_when_it_runs():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signum)
+
+    previous = signal.signal(signal.SIGTERM, _terminate)  # as every command has it
+    stopper = threading.Thread(target=stop_when_it_runs, daemon=True)
+    stopper.start()
+    try:
+        command = [sys.executable, "-c", A_LAUNCHER, A_RUN, str(tmp_path)]
+        assert _launch(command, tmp_path, tmp_path / "run.json", DEMO) == EXIT_CODES[signum]
+        assert signal.getsignal(signal.SIGTERM) == _terminate
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert (tmp_path / "heard").read_text() == f"[{int(signum)}]"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/demo.json")), ids=lambda path: path.parent.name)
@@ -184,6 +235,44 @@ def test_a_run_without_a_gpu_is_repeated_without_one(monkeypatch):
     assert "use_cpu" not in settings_of(DEMO, LORA)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert settings_of(DEMO, LORA)["use_cpu"] is True
+    record = record_of(use_cpu=True)  # on a machine that has one
+    record["environment"]["hardware"]["gpus"] = ["NVIDIA H100"]
+    assert settings_of(record, LORA)["use_cpu"] is True
+
+
+def test_a_stream_is_shared_out_to_as_many_workers():
+    for workers in (7, default_num_workers()):  # what is the default here may be another one in the launched processes
+        settings = settings_of(record_of(streaming=True, dataloader_num_workers=workers), LORA)
+        assert settings["dataloader_num_workers"] == workers
+
+
+def test_folders_of_a_manifest_are_kept_or_given_anew(tmp_path):
+    record = record_of(audio_root=["clips"])
+    assert settings_of(record, LORA)["audio_root"] == ["clips"]
+    assert settings_of(record, LORA, {"audio_root": ["/there"]})["audio_root"] == ["/there"]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="clips, which the record names, is not here: give --audio_root PATH"):
+        reproduce(tmp_path / "record.json", dry_run=True)
+    assert main(["reproduce", str(tmp_path / "record.json"), "--audio_root", str(tmp_path), "--dry_run"]) == 0
+
+
+@pytest.mark.parametrize("sharding", [None, "fsdp2", "deepspeed_zero2"])
+def test_a_run_is_sharded_as_it_was(sharding, monkeypatch):
+    """By what accelerate itself makes of the command."""
+    if sharding:
+        monkeypatch.setenv(f"ACCELERATE_USE_{sharding.rstrip('2').partition('_')[0].upper()}", "true")
+    record = record_of()
+    record["environment"] = runs.environment() | {"processes": 4}
+    assert record["environment"]["sharding"] == sharding
+    _, _, _, *line = _command(LORA, "args.yaml", record)
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    assert (args.num_processes, args.training_script, args.mixed_precision) == (4, str(LORA), "no")
+    chosen = {None: args.multi_gpu, "fsdp2": args.use_fsdp, "deepspeed_zero2": args.use_deepspeed}
+    assert [name for name, is_chosen in chosen.items() if is_chosen] == [sharding]
+    assert args.fsdp_version == 2 or sharding != "fsdp2"
+    record["environment"]["sharding"] = "../launch/fsdp2"
+    with pytest.raises(UserError, match="sharded by ../launch/fsdp2, which this checkout lacks"):
+        _command(LORA, "args.yaml", record)
 
 
 def test_half_precision_needs_a_gpu(caplog):
@@ -220,6 +309,8 @@ def test_what_is_no_longer_a_setting_is_named(caplog):
             {"recipe": "recipes/of_old/run.py"},
             "recipes/of_old/run.py, which this checkout lacks: check out 526f067b27eb",
         ),
+        ({"recipe": "recipes/../tests/conftest.py"}, "tests/conftest.py, which this checkout lacks"),
+        ({"recipe": str(ROOT / "tests/conftest.py")}, "tests/conftest.py, which this checkout lacks"),
         ({"command": "python -c x"}, "does not say which recipe"),
     ],
 )
@@ -258,6 +349,10 @@ def test_more_processes_than_gpus(monkeypatch, tmp_path):
     (tmp_path / "record.json").write_text(json.dumps(record))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    assert reproduce(tmp_path / "record.json", dry_run=True) == 0  # they were on a CPU
+    record["environment"]["hardware"]["gpus"] = ["NVIDIA H100"] * 8
+    (tmp_path / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="8 processes.*2 GPUs"):
         reproduce(tmp_path / "record.json", dry_run=True)
 
@@ -270,6 +365,12 @@ def test_environments_differ_by_name():
     here["hardware"]["memory_bytes"] = 2**34  # nothing that older records knew
     lines = environment_text(DEMO["environment"], here).splitlines()
     assert [line.split()[0] for line in lines] == ["environment", "uncommitted", "torch"]
+
+
+def test_the_commit_of_a_record():
+    assert runs.commit_of({"commit": "abc+"}) == runs.commit_of({"commit": "abc", "dirty": True}) == ("abc", True)
+    assert runs.commit_of({"commit": "abc", "dirty": False}) == ("abc", False)
+    assert runs.commit_of({"commit": None, "dirty": None}) == ("", False)
 
 
 def test_other_material_is_told():

@@ -1,29 +1,34 @@
 """`hfspeech reproduce`: runs what a record says once more, and compares."""
 
+import contextlib
 import logging
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 
 from . import arguments
 from .arguments import MAY_BE_NULL, NOT_IDENTITY, parse_arguments
 from .data.fingerprint import other_rows
-from .errors import UserError
+from .errors import EXIT_CODES, UserError
 from .hub import fetch_file
 from .publish import figure_text
 from .publish.figures import aligned, figures, main_figure
-from .runs import CHECKOUT, RUN_FILE, claim_folder, environment, find_record, read_json, read_record
+from .runs import CHECKOUT, RUN_FILE, claim_folder, commit_of, environment, find_record, read_json, read_record
 
 ARGUMENTS_FILE = "args.yaml"  # in the new output folder
 # Of what is no part of a run's identity, this still decides whether it comes to its end, or how fine its log is.
-KEPT = {"on_bad_audio", "per_device_eval_batch_size", "save_total_limit", "logging_steps", "logging_strategy"}
+KEPT = {
+    "audio_root", "on_bad_audio", "per_device_eval_batch_size", "save_total_limit", "logging_steps", "logging_strategy"
+}  # fmt: skip
 # Settings that can be given anew, for what lies elsewhere by now.
-MOVABLE = ("dataset_name", "retention_dataset_name", "model_name_or_path")
+MOVABLE = ("dataset_name", "retention_dataset_name", "audio_root", "model_name_or_path")
 
 logger = logging.getLogger("hfspeech")
 
@@ -37,23 +42,26 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
 
     Args:
         place: output folder of a run, its record, a recipe's folder (for its demo), or the Hub id of a published run.
-        output_dir: folder of the new run. Default: that of the record with `_reproduced` behind it.
+        output_dir: folder of the new run. Default: that of the record with `_reproduced` behind it; for a published run
+            outputs/NAME_reproduced.
         moved: dict of where `MOVABLE` settings lie by now, if they lie elsewhere.
         dry_run: only show the differences, the settings and the command.
 
     Returns:
         Exit code: 0 if the figure that the record stands for lies within its recorded interval and the data are those of
-        the record, 1 if not; 130 if the run was stopped, 2 if it failed.
+        the record, 1 if not; as `EXIT_CODES` has it if the run was stopped, 2 if it failed.
 
     Raises:
         UserError: no such record, a recipe or setting that this checkout lacks, data or a model that are not here, more
             processes than there are GPUs.
     """
-    file = _find(place)
+    file, is_published = _find(place)
     record = read_record(file)
+    if is_published:  # a record of others opens no folders here
+        record["arguments"]["audio_root"] = None
     recipe = _recipe(record, file)
     processes = record["environment"]["processes"]
-    if processes > max(1, torch.cuda.device_count()) and torch.cuda.is_available():
+    if processes > max(1, torch.cuda.device_count()) and torch.cuda.is_available() and not _was_on_cpu(record):
         raise UserError(
             f"{file} was made by {processes} processes, and this machine has {torch.cuda.device_count()} GPUs: run it on "
             "one that has as many."
@@ -61,13 +69,15 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
     moved = {name: _absolute(value) for name, value in (moved or {}).items() if value}
     settings = settings_of(record, recipe, moved)
     folder = _folder_to_run_in(record, moved)
-    is_here = file.name == RUN_FILE and Path(place).expanduser().exists()
-    default = file.parent if is_here else Path(record["arguments"]["output_dir"])
+    if is_published:
+        default = Path("outputs", str(place).partition("/")[2])
+    else:
+        default = file.parent if file.name == RUN_FILE else Path(record["arguments"]["output_dir"])
     output_dir = Path(output_dir or default.with_name(f"{default.name}_reproduced")).expanduser().resolve()
     if (output_dir / RUN_FILE).resolve() == file.resolve():
         raise UserError(f"{output_dir} is the run itself: give the new one another --output_dir.")
     settings["output_dir"] = str(output_dir)
-    command = _command(recipe, output_dir / ARGUMENTS_FILE, processes)
+    command = _command(recipe, output_dir / ARGUMENTS_FILE, record)
 
     print(environment_text(record["environment"], {**environment(), "processes": processes}))
     text = f"# What {place} was run with, its revisions pinned.\n"
@@ -87,13 +97,13 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
 
 
 def _find(place):
-    """Returns the path of a record, fetched from the Hub if the place is an id there."""
+    """Returns the path of a record, and whether it was fetched from the Hub, as the place is an id there."""
     if Path(place).expanduser().exists() or (CHECKOUT and (CHECKOUT / place).exists()) or str(place).count("/") != 1:
-        return find_record(place)
+        return find_record(place), False
     file = fetch_file(str(place), RUN_FILE)
     if file is None:
         raise UserError(f"{place} on the Hub holds no {RUN_FILE}: it was not published by hfspeech.")
-    return file
+    return file, True
 
 
 def _recipe(record, file):
@@ -104,21 +114,27 @@ def _recipe(record, file):
     recipe = record.get("recipe") or (in_command and in_command[0])
     if not recipe:
         raise UserError(f"{file} does not say which recipe made it, so it cannot be run again.")
-    if not (CHECKOUT / recipe).is_file():
+    if not re.fullmatch(r"recipes/\w+/run\.py", str(recipe)) or not (CHECKOUT / recipe).is_file():
         raise UserError(f"{file} was made by {recipe}, which this checkout lacks: {_check_out(record)}.")
     return CHECKOUT / recipe
 
 
 def _check_out(record):
-    commit = (record["environment"].get("commit") or "").removesuffix("+")
+    commit, _ = commit_of(record["environment"])
     return f"check out {commit[:12]}" if commit else "check out the commit that it was made by"
+
+
+def _was_on_cpu(record):
+    """Tells whether a run left the GPUs of its machine alone, or had none."""
+    return bool(record["arguments"].get("use_cpu")) or not record["environment"]["hardware"]["gpus"]
 
 
 def settings_of(record, recipe, moved=None):
     """Returns the settings of a record as an arguments file has them: what differs from the defaults, revisions pinned.
 
     What only says where a run writes and what it prints is left out, and so is what the machine decides without bearing
-    on the result; the precision and the size of the batches are kept as they were chosen.
+    on the result; the precision and the size of the batches are kept as they were chosen, and so is the number of the
+    dataloader workers that share out a stream.
 
     Args:
         record: the record of a run.
@@ -143,7 +159,9 @@ def settings_of(record, recipe, moved=None):
         if value is not None or name in MAY_BE_NULL:
             settings[name] = value
     settings |= {name: bool(recorded.get(name)) for name in ("bf16", "fp16")}  # a machine may choose otherwise
-    if not record["environment"]["hardware"]["gpus"] and torch.cuda.is_available():
+    if recorded.get("streaming") and "dataloader_num_workers" in recorded:
+        settings["dataloader_num_workers"] = recorded["dataloader_num_workers"]
+    if _was_on_cpu(record) and torch.cuda.is_available():
         settings["use_cpu"] = True
     if settings["fp16"] and not torch.cuda.is_available():
         logger.warning("The record was made in fp16, which needs a GPU: without one the precision is chosen anew.")
@@ -203,6 +221,7 @@ def _folder_to_run_in(record, moved):
         name = model["name_or_path"]
         paths.append((_setting(asked, name, "config_name", "model_name_or_path"), name))
     paths += [(role, one["name_or_path"]) for role, one in record.get("models", {}).items() if one.get("fingerprint")]
+    paths += [("audio_root", path) for path in asked.get("audio_root") or []]
     paths = [(name, path) for name, path in paths if name not in moved]
     folders = Path.cwd(), CHECKOUT
     for folder in folders:
@@ -232,32 +251,57 @@ def _absolute(value):
     return str(path.resolve()) if path.exists() else value
 
 
-def _command(recipe, arguments_file, processes):
+def _command(recipe, arguments_file, record):
+    """Returns the command that runs a recipe by as many processes as that of a record, sharded as there."""
+    processes, sharding = record["environment"]["processes"], record["environment"].get("sharding")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [*launch, *(["--multi_gpu"] if processes > 1 else []), str(recipe), str(arguments_file)]
+    if sharding:
+        configs = {path.stem: str(path) for path in (CHECKOUT / "recipes/launch").glob("*.yaml")}
+        if sharding not in configs:
+            raise UserError(f"The run was sharded by {sharding}, which this checkout lacks: {_check_out(record)}.")
+        launch += ["--config_file", configs[sharding]]
+    elif processes > 1:
+        launch += ["--multi_gpu"]
+    return [*launch, str(recipe), str(arguments_file)]
 
 
 def _launch(command, folder, file, record):
-    """Runs a command to its end, and says as soon as its record tells if it is made of something else.
+    """Runs a launcher to its end, and says as soon as the record of its run tells if it is made of something else.
+
+    The signals that would end this process go to the run instead, which saves its state, and is waited for.
 
     Returns:
-        0, 130 after Ctrl-C, else 2.
+        0, what `EXIT_CODES` has for the signal that stopped it, else 2.
     """
-    process = subprocess.Popen(command, cwd=folder)
-    is_told = is_stopped = False
-    while True:
-        try:
-            code = process.wait(timeout=None if is_told else 1)
-            return 0 if code == 0 else 130 if is_stopped else 2
-        except subprocess.TimeoutExpired:
-            new = read_json(file) if file.exists() else {}
+    signums = []
+
+    def pass_on(signum, frame):
+        signums.append(signum)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # The launcher waits for the processes of the run, unless it was signalled, too.
+            for one in psutil.Process(process.pid).children() or [process]:
+                one.send_signal(signum)
+
+    # In a session of its own it hears Ctrl-C once: a second one would end it without saving.
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True)
+    heard = [number for number in (*EXIT_CODES, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, pass_on) for number in heard}
+    is_told = False
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=None if is_told else 1)
+                return 0 if code == 0 else EXIT_CODES.get(signums[0], 2) if signums else 2
+            except subprocess.TimeoutExpired:
+                new = read_json(file) if file.exists() else {}
             if "rows" in new:
                 is_told = True
                 for sentence in differences_of_material(record, new):
                     logger.warning(sentence)
-        except KeyboardInterrupt:  # which the run has heard, too: it saves its state
-            is_told = is_stopped = True
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def differences_of_material(record, new):
@@ -287,8 +331,8 @@ def environment_text(recorded, here):
 
 
 def _flat(made):
-    commit, dirty = made.get("commit") or "", made.get("dirty")
-    flat = {"commit": commit.removesuffix("+")[:12], "uncommitted changes": commit.endswith("+") or bool(dirty)}
+    commit, is_dirty = commit_of(made)
+    flat = {"commit": commit[:12], "uncommitted changes": is_dirty}
     hardware = dict(made["hardware"])
     if "memory_bytes" in hardware:
         hardware["memory"] = f"{hardware.pop('memory_bytes') / 2**30:.0f} GB"

@@ -123,6 +123,7 @@ def _build_parser():
     reproduce.add_argument("--output_dir", type=Path, help="folder of the new run (default: RUN_reproduced)")
     reproduce.add_argument("--dataset_name", nargs="+", help="where the data lie by now")
     reproduce.add_argument("--retention_dataset_name", help="where the data of the old condition lie by now")
+    reproduce.add_argument("--audio_root", nargs="+", help="where the folders lie that a manifest's paths lead into")
     reproduce.add_argument("--model_name_or_path", help="where the model lies by now")
     reproduce.add_argument("--dry_run", action="store_true", help="only show what differs, and what would be run")
 

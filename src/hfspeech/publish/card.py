@@ -11,7 +11,7 @@ from hfspeech import arguments
 from hfspeech.models.speecht5 import SPEAKERS_FILE
 from hfspeech.publish.facts import Facts, last_name
 from hfspeech.publish.tables import MOST_GROUPS, SPEECH_MEASURES, figure_text, percent, rate_text, shown_groups
-from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER, writing
+from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER, commit_of, writing
 
 CARD_FILE = "README.md"
 CURVE_FILE = "training_curve.png"
@@ -361,12 +361,12 @@ def _cost(facts):
 def _reproduce(facts, has_checkpoint):
     made = facts.record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items() if version)
-    commit = made.get("commit") or "not known"
-    changed = " with changes that are in no commit" if made.get("dirty") or commit.endswith("+") else ""
+    commit, is_dirty = commit_of(made)
+    changed = " with changes that are in no commit" if is_dirty else ""
     lines = [f"```bash\nhfspeech reproduce {facts.where}\n```", "", "It was made by", ""]
     lines += [f"```bash\n{made['command']}\n```", ""]
     lines += [
-        f"on {made['date'][:10]}, commit `{commit.rstrip('+')}` of hfspeech{changed}, seed {facts.settings['seed']}."
+        f"on {made['date'][:10]}, commit `{commit or 'not known'}` of hfspeech{changed}, seed {facts.settings['seed']}."
     ]
     lines += [f"Versions: {versions}."]
     marks = {f"rows of {name}": entry.get("fingerprint") for name, entry in facts.splits.items()}

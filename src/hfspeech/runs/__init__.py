@@ -24,6 +24,7 @@ from hfspeech.runs.records import (
     CHECKOUT,
     RUN_FILE,
     command,
+    commit_of,
     default_repo_name,
     environment,
     find_record,
@@ -39,7 +40,7 @@ SAMPLES_FOLDER = "samples"  # speech to listen to, before and after
 
 __all__ = [
     "CHECKOUT", "DEEPSPEED_SHARDS", "PART_FOLDER", "PREDICTIONS_FILE", "PROGRESS_FILE", "RUN_FILE", "SAMPLES_FOLDER",
-    "claim_folder", "clear_half_written", "command", "default_repo_name", "environment", "find_record",
+    "claim_folder", "clear_half_written", "command", "commit_of", "default_repo_name", "environment", "find_record",
     "finish_checkpoint", "is_whole_checkpoint", "last_checkpoint", "layout", "open_run", "peak_rss_bytes", "read_json",
     "read_jsonl", "read_record", "replacing_files", "require_push_allowed", "require_space", "what_is_run",
     "write_json", "write_jsonl", "writing",

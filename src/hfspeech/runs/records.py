@@ -215,8 +215,9 @@ def environment():
 
     Returns:
         `date` (UTC), `commit` (40 hexadecimal digits) and `dirty` (whether the checkout differs from it; both None where
-        the package stands in no checkout; records from before `dirty` have a `+` at the end of the commit instead),
-        `command`, `hardware` (`cpu`, `cores`, `memory_bytes`, `gpus`), `processes` and `versions`.
+        the package stands in no checkout; `commit_of` reads them), `command`, `hardware` (`cpu`, `cores`, `memory_bytes`,
+        `gpus`), `processes`, `sharding` (the configuration in recipes/launch by which, or by one like it, they share one
+        model out; None if they do not) and `versions`.
     """
     import torch
 
@@ -235,8 +236,18 @@ def environment():
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "sharding": _sharding(),
         "versions": versions,
     }
+
+
+def commit_of(made):
+    """Returns the commit of an `environment`, empty if it is not known, and whether its checkout differed from it.
+
+    Records from before `dirty` have a `+` at the end of the commit instead.
+    """
+    commit = made.get("commit") or ""
+    return commit.removesuffix("+"), bool(made.get("dirty")) or commit.endswith("+")
 
 
 def command():
@@ -270,6 +281,15 @@ def _commit():
     except (OSError, subprocess.CalledProcessError):
         return None, None
     return described.removesuffix("+"), described.endswith("+")
+
+
+def _sharding():
+    def says(name, value):
+        return os.environ.get(f"ACCELERATE_{name}", "").lower() == value
+
+    if says("USE_DEEPSPEED", "true"):
+        return "deepspeed_zero3" if says("DEEPSPEED_ZERO_STAGE", "3") else "deepspeed_zero2"
+    return "fsdp2" if says("USE_FSDP", "true") else None
 
 
 def _recipe():
