@@ -1,8 +1,8 @@
 """What the tests share: the shipped nano Whisper, a few shipped rows, and a way to launch a recipe as a user does."""
 
 import csv
-import logging
 import itertools
+import logging
 import os
 import shutil
 import subprocess

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import is_deepspeed_available
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, copy_rows, environment
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ from transformers import WhisperForConditionalGeneration
 
 from hfspeech.errors import UserError, explain_errors
 from hfspeech.runs import last_checkpoint
+from hfspeech.training.sharding import require_same_layout
 
 LAUNCH = ROOT / "recipes/launch"
 # Steps of eight rows, of which 23 are good. Nothing is random but the order.
@@ -32,7 +35,9 @@ STEPS += ["--encoder_window", "auto", "--full_window_share", 0.4, "--group_colum
 STEPS += ["--max_test_samples", 20, "--retention_share", 0, "--dropout", 0, "--on_bad_audio", "skip"]
 
 
-SHARDED = ("fsdp2.yaml", ROOT / "tests/fsdp_on_cpu.py")
+FSDP = ("fsdp2.yaml", ROOT / "tests/fsdp_on_cpu.py")
+ZERO3 = ("deepspeed_zero3.yaml", ROOT / "tests/deepspeed_on_cpu.py")
+with_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 
 
 def arguments(output_dir, data, *flags, recipe="whisper_full"):
@@ -167,10 +172,18 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_a_sharded_model_is_the_same_model(one, data, tmp_path):
-    """Sharded over two processes, stopped by a signal, gone on with by four, and loaded by stock tools."""
+@pytest.mark.parametrize(
+    "config, steps, more, steps_of_more",
+    [
+        pytest.param(FSDP, split(4), 4, split(2), id="fsdp2"),
+        # Of the small batches, some fill the window in one process and not in the other: both run the same layers.
+        pytest.param(ZERO3, split(2, 2), 2, split(4), id="zero3", marks=with_deepspeed),
+    ],
+)
+def test_a_sharded_model_is_the_same_model(config, steps, more, steps_of_more, one, data, tmp_path):
+    """Sharded over two processes, stopped by a signal, gone on with by as many or more, and loaded by stock tools."""
     folder = tmp_path / "run"
-    process = begin(SHARDED, 2, folder, data, *split(4))
+    process = begin(config, 2, folder, data, *steps)
     wait_for(folder / "checkpoint-3/trainer_state.json", process)
     process.terminate()
     _, said = process.communicate(timeout=60)
@@ -178,19 +191,20 @@ def test_a_sharded_model_is_the_same_model(one, data, tmp_path):
     assert len(stopped) == 1 and int(stopped[0]) < 9 and process.returncode, said
     assert last_checkpoint(folder) == str(folder / f"checkpoint-{stopped[0]}")
 
-    record, said = run(SHARDED, 4, folder, data, *split(2))
+    record, said = run(config, more, folder, data, *steps_of_more)
     assert f"Going on from {folder}/checkpoint-{stopped[0]}" in said
     assert_same_run((folder, record), one)
     model = WhisperForConditionalGeneration.from_pretrained(folder)
     assert model.config.architectures == ["WhisperForConditionalGeneration"]
 
 
-def test_a_sharded_adapter_is_the_same_adapter(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", [FSDP, pytest.param(ZERO3, marks=with_deepspeed)], ids=["fsdp2", "zero3"])
+def test_a_sharded_adapter_is_the_same_adapter(config, data, tmp_path, monkeypatch):
     """With batches of as many rows as fit into so many seconds, which the steps of both are made of."""
     flags = ["--max_batch_seconds", 12, "--max_steps", 3, "--lora_dropout", 0, "--eval_on_start", "false"]
     options = {"recipe": "whisper_lora"}
     expected = run_here(monkeypatch, tmp_path / "one", data, *flags, "--gradient_accumulation_steps", 2, **options)
-    record, _ = run(SHARDED, 2, tmp_path / "run", data, *flags, **options)
+    record, _ = run(config, 2, tmp_path / "run", data, *flags, **options)
     np.testing.assert_allclose(curve(record), curve(expected), rtol=2e-3)
     assert record["after"]["loss"] == pytest.approx(expected["after"]["loss"], rel=1e-3)
     ours, theirs = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("run", "one"))
@@ -211,6 +225,28 @@ def test_accelerate_takes_every_launch_configuration(path):
         told = prepare_multi_gpu_env(args)
         assert (told.get("ACCELERATE_USE_FSDP") == "true") == (path.name == "fsdp2.yaml")
         assert args.nnodes == "2" if path.name == "several_machines.yaml" else args.nproc_per_node == str(args.num_processes)
+    if args.use_deepspeed:
+        assert path.stem == f"deepspeed_zero{args.zero_stage}"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("model.safetensors", "several_gpus"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "fsdp2"),
+        ("global_step9/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "deepspeed_zero2"),
+        ("global_step9/zero_pp_rank_0_mp_rank_00_model_states.pt", "deepspeed_zero3"),
+    ],
+)
+def test_a_run_stays_with_its_kind_of_launch_configuration(name, expected, tmp_path):
+    """What was sharded one way is not gone on with in another, nor by another number of DeepSpeed's processes."""
+    for part in {name, name.replace("model_states", "optim_states")}:
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).touch()
+    args = SimpleNamespace(world_size=2, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    refused = "--num_processes 1" if expected == "deepspeed_zero3" else f"recipes/launch/{expected}.yaml"
+    with pytest.raises(UserError, match=refused):
+        require_same_layout(tmp_path, args)
 
 
 def slurm(folder, standin, data):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from .errors import UserError, nearest
 
@@ -337,6 +338,7 @@ class SpeechTrainingArguments(Seq2SeqTrainingArguments):
         self.dataloader_pin_memory = torch.cuda.is_available() and not self.use_cpu
         self.dataloader_persistent_workers = False  # each epoch's workers must see that epoch's random state
         super().__post_init__()
+        unset_hf_deepspeed_config()  # under ZeRO-3 it has every model that is loaded sharded at once, judges among them
 
 
 @dataclass

@@ -48,7 +48,8 @@ class VariableLengthEncoder(WhisperEncoder):
         # The last position sees the edge, unlike the silence before it, and is the last one of the window, too.
         silent = silent_positions(positions - 1, window)
         hidden = torch.cat([hidden[:, :-1], hidden[:, -2:-1].expand(-1, len(silent), -1), hidden[:, -1:]], dim=1)
-        hidden = hidden + self.embed_positions.weight[[*range(positions - 1), *silent, window - 1]]
+        places = torch.tensor([*range(positions - 1), *silent, window - 1], device=hidden.device)
+        hidden = hidden + self.embed_positions(places)
         hidden = functional.dropout(hidden, p=self.dropout, training=self.training)
         for layer in self.layers:
             if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
@@ -154,7 +155,8 @@ def token_losses(head, hidden, labels, label_smoothing=0.0):
 
     is_target = labels != -100
     hidden, labels = hidden[is_target], labels[is_target]
-    if len(labels) <= CHUNK_TOKENS:
+    # DeepSpeed shards a module's weights on condition that all processes call it alike, however many tokens they have.
+    if len(labels) <= CHUNK_TOKENS or hasattr(next(head.parameters()), "ds_id"):
         return losses(hidden, labels)
     chunks = zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS))
     return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])

@@ -66,10 +66,13 @@ def is_whole_checkpoint(folder):
 
 
 def layout(folder):
-    """Returns how a checkpoint was written: `fsdp` and `deepspeed` shard it over their processes' files, else `whole`."""
-    if (Path(folder) / "pytorch_model_fsdp_0").is_dir():
-        return "fsdp"
-    return "deepspeed" if list(Path(folder).glob(f"*/{DEEPSPEED_SHARDS}")) else "whole"
+    """Returns the launch configuration, or one like it, that a checkpoint was written under; three of them shard it."""
+    folder = Path(folder)
+    if (folder / "pytorch_model_fsdp_0").is_dir():
+        return "fsdp2"
+    if not list(folder.glob(f"*/{DEEPSPEED_SHARDS}")):
+        return "several_gpus"
+    return "deepspeed_zero3" if list(folder.glob("*/zero_pp_rank_*_model_states.pt")) else "deepspeed_zero2"
 
 
 def finish_checkpoint(part, folder):

@@ -17,7 +17,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     EvalLoopOutput,
@@ -133,6 +133,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        unset_hf_deepspeed_config()  # Trainer sets it once more
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(_Curves(args.output_dir))
         if self.pop_callback(ProgressCallback):
@@ -511,7 +512,7 @@ class SpeechTrainer(Seq2SeqTrainer):
                 f"Not every machine sees {checkpoint}: choose an --output_dir on a disk that all of them share.", of_all=True
             )
         if checkpoint:
-            sharding.require_same_layout(checkpoint, self)
+            sharding.require_same_layout(checkpoint, self.args)
             self._progress = read_json(Path(checkpoint) / PROGRESS_FILE)
             self._bad_audio, self._left_out = self._progress["bad_audio"], self._progress["left_out"]
             self._earlier_s = max(self._earlier_s, self._progress.get("total_seconds", 0.0))  # it may have been killed
@@ -529,7 +530,7 @@ class SpeechTrainer(Seq2SeqTrainer):
         self.choose_max_batch_seconds()
         set_seed(self.args.seed)  # a launch that finds the model measured has drawn fewer random numbers so far
         self._started, self._evaluation_seconds = time.monotonic(), 0.0
-        self._skeleton = sharding.skeleton_of(self.model) if self.is_fsdp_enabled else None
+        self._skeleton = sharding.skeleton_of(self.model) if sharding.is_sharded(self.args) else None
         with self._stoppable(), writing(self.args.output_dir):
             try:
                 self.train(resume_from_checkpoint=checkpoint)
@@ -692,8 +693,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         return f" The {self.state.global_step} steps trained so far are saved: the same command goes on from there."
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Saves the model for stock tools; the checkpoints of a sharded one, which Trainer asks for, stay sharded."""
-        if _internal_call or not self.is_fsdp_enabled:
+        """Saves the model for stock tools; FSDP's checkpoints, which Trainer asks for, hold it in shards alone."""
+        if not sharding.is_sharded(self.args) or (_internal_call and self.is_fsdp_enabled):
             return super().save_model(output_dir, _internal_call)
         sharded, self.model = self.model, self.whole_model()
         try:

@@ -78,7 +78,7 @@ class WhisperTrainer(SpeechTrainer):
             or not has_length(train_dataset)  # of a stream, few rows come twice
             or train_dataset.transforms
             or config.apply_spec_augment
-            or sharding.asks_for("FSDP")  # a layer is put together by all processes at once, or by none
+            or sharding.is_sharded(args)  # a layer is put together by all processes at once, or by none
             or max(config.dropout, config.attention_dropout, config.activation_dropout, config.encoder_layerdrop) > 0
         )
         if not args.cache_encoder_outputs or may_change:
