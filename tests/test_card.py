@@ -221,16 +221,18 @@ def test_energy_is_an_estimate_by_a_stated_formula():
     record["train"]["seconds"] = 7200.0
     record["environment"]["hardware"] |= {"cores": 4, "gpus": []}
     card = card_of(record)
-    assert (
-        "an estimate and not a measurement: 80 Wh. It is the 2.0 hours of training times 4 CPU cores at 10 W each"
-        in card
+    on_cpu = (
+        "not a measurement: 80 Wh. It is the 2.0 hours of training times 4 × 10 W, an assumption for each CPU core"
     )
+    assert on_cpu in card
     record["environment"]["hardware"]["gpus"] = ["NVIDIA H100 80GB HBM3"] * 8
-    record["environment"]["processes"] = 2
-    assert (
-        "2.8 kWh. It is the 2.0 hours of training times 2 × 700 W, what NVIDIA H100 80GB HBM3 draws at most"
-        in card_of(record)
-    )
+    record["environment"]["processes"] = 16  # on two such machines
+    h100 = "NVIDIA H100 80GB HBM3"
+    card = card_of(record)
+    assert f"22 kWh. It is the 2.0 hours of training times 16 × 700 W, an assumption for each {h100}," in card
+    assert f"GPUs: 16 × {h100}." in card
+    record["arguments"]["use_cpu"] = True  # what the machine has besides was not used
+    assert on_cpu in card_of(record) and h100 not in card_of(record)
 
 
 def test_the_kinds_of_record_that_are_to_come():

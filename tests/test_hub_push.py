@@ -1,11 +1,14 @@
 """Uploads that arrive whole or say why not: the real client, in a process of its own, against a Hub that fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from loopback_hub import ALWAYS, TOKEN, LoopbackHub, User
+
+from hfspeech.publish.push import OWN_FILES
 
 # The client reads its environment when it is imported, so it has a process; the token may change with every call.
 CLIENT = """
@@ -180,11 +183,17 @@ def test_everything_arrives_in_one_commit_and_once(client, hub, folder):
 
 
 def test_files_that_a_push_replaces(client, hub, folder):
+    """A star stays within its folder: other configurations and other people's folders are not its business."""
+    others = {"sub/vocab.json", "onnx/old.safetensors", "data/en/train-0.parquet"}
+    for name in (*others, "data/train-0.parquet", "last-checkpoint/shards/0.distcp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
     client.push(folder, "replaced")
+    for name in ("sub", "onnx", "data", "last-checkpoint"):
+        shutil.rmtree(folder / name)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "sub/vocab.json").unlink()
-    client.push(folder, "replaced", replaces=["*.safetensors"])
-    assert set(pushed(hub, "tester/replaced")) == {*contents(folder), "sub/vocab.json"}
+    client.push(folder, "replaced", replaces=[*OWN_FILES, "data/*.parquet"])
+    assert set(pushed(hub, "tester/replaced")) == {*contents(folder), *others}
 
 
 def test_branch_and_pull_request(client, hub, folder):

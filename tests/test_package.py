@@ -27,9 +27,11 @@ from transformers import (
 
 from hfspeech.audio import decode
 from hfspeech.errors import UserError
+from hfspeech.models.loading import identify
 from hfspeech.publish.package import answer, load_stock, package, require_same_answer
 from hfspeech.publish.privacy import Cleaner, require_private
 from hfspeech.runs import is_whole_checkpoint
+from hfspeech.runs.checkpoints import MANIFEST_FILE, PART_FOLDER, finish_checkpoint
 
 PLANTED_TOKEN = "hf_" + "Planted" * 5
 SHORT = ["--max_steps", 4, "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1, "--warmup_steps", 0]
@@ -92,6 +94,12 @@ def changed(run_dir, target):
     return shutil.copytree(run_dir, target, ignore=shutil.ignore_patterns("checkpoint-*"))
 
 
+def with_record(run_dir, **entries):
+    """Changes entries of a run's record."""
+    file = run_dir / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
 def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -152,14 +160,30 @@ def test_merged_is_the_adapter_on_its_base(whisper_run, tmp_path):
 def test_an_adapter_on_a_local_base_can_be_published_merged_only(whisper_run, tmp_path):
     run_dir = changed(whisper_run, tmp_path / "run")
     config = json.loads((run_dir / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": str(NANO), "revision": None}
+    base = shutil.copytree(NANO, tmp_path / "base")
+    config |= {"base_model_name_or_path": str(base), "revision": None}
     (run_dir / "adapter_config.json").write_text(json.dumps(config))
+    with_record(run_dir, model=identify(str(base)))
     with pytest.raises(
         UserError, match="a folder of this machine without which nobody else can load it: give --merge"
     ):
         packed(run_dir, tmp_path / "adapter")
     assert files(tmp_path / "adapter") == set()
-    nobody_elses(packed(run_dir, tmp_path / "merged", merge=True))
+    part = shutil.copytree(whisper_run / "checkpoint-4", run_dir / PART_FOLDER)
+    (part / MANIFEST_FILE).unlink()
+    progress = json.loads((part / "progress.json").read_text())
+    quotes = {"bad_audio": {"train": {"row 3, anna.wav: 0 samples": True}}, "left_out": {"empty": {"3": "anna.wav"}}}
+    (part / "progress.json").write_text(json.dumps(progress | quotes))
+    shutil.copy(run_dir / "adapter_config.json", part)
+    finish_checkpoint(part, run_dir / "checkpoint-4")
+    folder = packed(run_dir, tmp_path / "merged", merge=True, with_checkpoint=True)
+    nobody_elses(folder)
+    published = json.loads((folder / "last-checkpoint/progress.json").read_text())
+    assert published == progress | {"bad_audio": {}, "left_out": {}}
+    assert is_whole_checkpoint(folder / "last-checkpoint")
+    shifted(base / "model.safetensors")
+    with pytest.raises(UserError, match=f"{base} has changed since .* was trained on it"):
+        packed(run_dir, tmp_path / "other", merge=True)
 
 
 def test_a_speecht5_speaks_by_stock_code(speecht5_run, tmp_path):
@@ -249,6 +273,9 @@ def test_only_a_finished_run_is_published(whisper_run, tmp_path):
     (run_dir / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="is not finished: type its command again"):
         package(run_dir, tmp_path / "packed")
+    (run_dir / "run.json").write_text("[]")
+    with pytest.raises(UserError, match="run.json is not the record of a run"):
+        package(run_dir, tmp_path / "packed")
 
 
 @pytest.mark.parametrize("text, cleaned", [
@@ -282,14 +309,34 @@ def test_every_byte_is_looked_at(planted, what, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "gpu-box-7")
     (tmp_path / "deep").mkdir()
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "deep/weights.safetensors").write_bytes(b"\x00\xff by jdoe42, jdoe423/x, gpu-box-70, hf_short")
+    (tmp_path / "deep/curve.png").write_bytes(b"\x00\xff by jdoe42, jdoe423/x, gpu-box-70, hf_short")
     require_private(tmp_path)
-    (tmp_path / "deep/weights.safetensors").write_bytes(b"\x00\xff\x01" * 99 + planted.encode() + b"\x00\xff")
-    with pytest.raises(UserError, match=f"Nothing is uploaded, for deep/weights.safetensors holds {what}: ") as caught:
+    (tmp_path / "deep/curve.png").write_bytes(b"\x00\xff\x01" * 99 + planted.encode() + b"\x00\xff")
+    with pytest.raises(UserError, match=f"Nothing is uploaded, for deep/curve.png holds {what}: ") as caught:
         require_private(tmp_path)
     assert "s3cr3t" not in str(caught.value) and "hf_abc" not in str(caught.value)
     if what == "your user name":
         require_private(tmp_path, public_names=["jdoe42"])  # whoever publishes as jdoe42 has no secret in it
+
+
+def test_what_stands_there_by_chance_is_no_secret(tmp_path, monkeypatch):
+    """A word of the vocabulary, and four letters somewhere in gigabytes of weights."""
+    monkeypatch.setenv("POSTGRES_PASSWORD", "password")
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu1")
+    monkeypatch.setattr("getpass.getuser", lambda: "anna")
+    monkeypatch.setenv("HOME", "/srv/people/anna")
+    (tmp_path / "tokenizer.json").write_text('{"Ġpassword": 1}')
+    for name in ("model.safetensors", "optimizer.pt", "__0_0.distcp"):
+        (tmp_path / name).write_bytes(b"\x00\xff gpu1 \x00/anna/\xff")
+    require_private(tmp_path)
+    for text, what in (("password", "the secret of POSTGRES_PASSWORD"), ("gpu1", "the name of this machine")):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match=f"run.json holds {what}"):
+            require_private(tmp_path)
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"/srv/people/anna/models")  # a whole path is no chance
+    with pytest.raises(UserError, match="model.safetensors holds your home folder"):
+        require_private(tmp_path)
 
 
 def test_the_code_of_the_card_runs_as_it_stands(whisper_run, speecht5_run, hub_cache, tmp_path, monkeypatch, capsys):

@@ -4,13 +4,12 @@ The token is that of `HF_TOKEN` or of `hf auth login`; it never appears in a mes
 """
 
 import dataclasses
-import fnmatch
 import hashlib
 import logging
 import os
 import re
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .errors import UserError, nearest
 
@@ -109,7 +108,8 @@ def upload_folder(
         tag: name for the commit, such as v1.
         create_pr: open a pull request instead of writing to the branch.
         commit_message: first line of the commit.
-        replaces: patterns of files that go out of the repository with this commit, unless the folder has them.
+        replaces: patterns of files that go out of the repository with this commit, unless the folder has them; a `*`
+            stays within one folder.
         tries: how often each step is tried, `first_wait_s` and then twice as long apart. Default: HFSPEECH_HUB_TRIES, or 8.
         silence_s: how long the Hub may be silent before a connection is given up.
 
@@ -389,7 +389,7 @@ class _Repo:
         """Returns the files that a revision lacks or holds otherwise, and those there that should be gone."""
         entries = self.api.list_repo_tree(self.id, recursive=True, revision=revision, repo_type=self.type)
         there = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
-        stale = [name for name in there.keys() - self.local.keys() if any(fnmatch.fnmatch(name, p) for p in replaces)]
+        stale = [name for name in there.keys() - self.local.keys() if any(_matches(name, p) for p in replaces)]
         return [name for name, file in self.local.items() if not file.equals(there.get(name))] + sorted(stale)
 
     def _set_tag(self, commit):
@@ -431,6 +431,11 @@ class _LocalFile:
                 hashlib.file_digest(file, lambda: digest)
             self.digests[algorithm] = digest.hexdigest()
         return self.digests[algorithm]
+
+
+def _matches(name, pattern):
+    """Tells whether a path is one that a pattern means: folder by folder, so that `*.txt` leaves `a/b.txt` alone."""
+    return name.count("/") == pattern.count("/") and PurePosixPath(name).match(pattern)
 
 
 def _full_id(id, user):

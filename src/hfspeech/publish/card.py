@@ -339,7 +339,8 @@ def _cost(facts):
     made, train = facts.record["environment"], facts.record["train"]
     hardware = made["hardware"]
     memory = f", {hardware['memory_bytes'] / 2**30:.0f} GB of memory" if hardware.get("memory_bytes") else ""
-    lines = [f"- Hardware: {hardware['cores']} cores of {hardware['cpu']}{memory}; GPUs: {_gpus(hardware)}."]
+    gpus = f"{made['processes']} × {facts.gpu}" if facts.gpu else "none"
+    lines = [f"- Hardware: {hardware['cores']} cores of {hardware['cpu']}{memory}; GPUs: {gpus}."]
     lines += [f"- Processes: {made['processes']}. {'; '.join(facts.record.get('choices', []))}."]
     lines += [
         f"- Training: {_seconds(train['seconds'])} without evaluations, {train['audio_seconds_per_second']:.0f} times "
@@ -443,10 +444,6 @@ def _length(hours):
 
 def _seconds(seconds):
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} s"
-
-
-def _gpus(hardware):
-    return ", ".join(hardware["gpus"]) or "none"
 
 
 def _plural(noun, count):

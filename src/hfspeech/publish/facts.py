@@ -2,13 +2,14 @@
 
 from hfspeech.publish.tables import SPEECH_MEASURES, shown_groups
 
-# Board power of GPUs as their makers state it, in watts; the largest of a name's variants. The first that fits counts.
+# Board power of GPUs in watts, typed from memory and not from their makers' sheets; the largest of a name's variants.
+# The first that fits counts.
 GPU_WATTS = {
     "H200": 700, "H100": 700, "A100": 400, "V100": 300, "L40": 350, "A40": 300, "A10": 150, "L4": 72, "T4": 70,
     "4090": 450, "3090": 350,
 }  # fmt: skip
 OTHER_GPU_WATTS = 300
-CORE_WATTS = 10  # a CPU of 8 cores draws 65 W, one of 64 cores 280 W: at most so much for each
+CORE_WATTS = 10  # an assumption, like those above
 
 TASKS = {
     "automatic-speech-recognition": "Automatic Speech Recognition",
@@ -31,6 +32,8 @@ class Facts:
 
     Attributes:
         settings, splits, datasets: parts of the record; `retention`: the scores on the old condition, or None.
+        gpu: the name of the GPU that each process had, or None; where there are more machines than the record's, theirs
+            are taken to be alike.
         speaks: SpeechT5, which speaks, and not Whisper, which writes; `family`: its name.
         is_lora, is_adapter: trained as an adapter; and still one.
         base: the model that it came from, as it was given, or None; `base_id`: its Hub id, or None for a folder.
@@ -44,6 +47,8 @@ class Facts:
         self.record, self.repo_id = record, repo_id
         self.settings, account = record["arguments"], record["rows"]["account"]
         self.splits, self.datasets = account["splits"], account["datasets"]
+        gpus = record["environment"]["hardware"]["gpus"]
+        self.gpu = gpus[0] if gpus and not self.settings.get("use_cpu") else None
         retention = record.get("retention") or {}
         self.retention = retention if retention.get("after") else None
         self.speaks = "vocoder" in self.settings
@@ -87,16 +92,14 @@ class Facts:
 
     def energy(self):
         """Returns an estimate of what training took, in kWh, and the power that it assumes in words."""
-        hardware, processes = self.record["environment"]["hardware"], self.record["environment"]["processes"]
-        gpus = hardware["gpus"][:processes]
-        if gpus:
-            watts = next((w for name, w in GPU_WATTS.items() if name in gpus[0]), OTHER_GPU_WATTS)
-            assumed = f"{len(gpus)} × {watts} W, what {gpus[0]} draws at most"
-            watts *= len(gpus)
+        made = self.record["environment"]
+        if self.gpu:
+            watts = next((w for name, w in GPU_WATTS.items() if name in self.gpu), OTHER_GPU_WATTS)
+            count, what = made["processes"], self.gpu
         else:
-            watts = CORE_WATTS * hardware["cores"]
-            assumed = f"{hardware['cores']} CPU cores at {CORE_WATTS} W each"
-        return self.record["train"]["seconds"] / 3600 * watts / 1000, assumed
+            count, what, watts = made["hardware"]["cores"], "CPU core", CORE_WATTS
+        assumed = f"{count} × {watts} W, an assumption for each {what}"
+        return self.record["train"]["seconds"] / 3600 * count * watts / 1000, assumed
 
     def metadata(self):
         """Returns the `ModelCardData` that stands at the head of the card."""

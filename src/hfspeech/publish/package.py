@@ -10,18 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hfspeech.errors import UserError
-from hfspeech.models.loading import ADAPTER_CONFIG, base_of, best_device, loading, read_adapter_config, resolve
+from hfspeech.models.loading import ADAPTER_CONFIG, base_of, identify, loading, read_adapter_config, resolve
 from hfspeech.models.speecht5 import SPEAKERS_FILE, SYNTHESIS_FILE
 from hfspeech.publish.card import CARD_FILE, write_card
-from hfspeech.publish.privacy import Cleaner, forget_origin, public_record, require_private
-from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER, last_checkpoint, read_json, write_json, writing
-from hfspeech.runs.checkpoints import MANIFEST_FILE, PART_FOLDER, finish_checkpoint
+from hfspeech.publish.privacy import VOCABULARY, Cleaner, forget_origin, public_record, require_private
+from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER, last_checkpoint, read_json, read_record, write_json, writing
+from hfspeech.runs.checkpoints import MANIFEST_FILE, PART_FOLDER, PROGRESS_FILE, finish_checkpoint
 
 CHECKPOINT_FOLDER = "last-checkpoint"
 # Largest difference in a model's outputs, against the largest output: rounding alone, and that of merging.
 SAME, MERGED = 1e-4, 1e-3
-# Files whose texts are names and tokens of a vocabulary: nothing in them is a path.
-VOCABULARY = {"tokenizer.json", "vocab.json", "normalizer.json", "added_tokens.json"}
 
 logger = logging.getLogger("hfspeech")
 
@@ -42,8 +40,9 @@ def package(run_dir, folder, merge=False, with_checkpoint=False, repo_id=None):
         repo_id: `owner/name` of the repository, for the card.
 
     Raises:
-        UserError: the run is not finished; its adapter is on a local model, which nobody else has; what was written
-            loads no more, or does not answer as the run's model does; something private would be published.
+        UserError: the run is not finished; its adapter is on a local model, which nobody else has, or which is to be
+            merged and has changed since; what was written loads no more, or does not answer as the run's model does;
+            something private would be published.
     """
     run_dir, folder = Path(run_dir), Path(folder)
     record = _finished(run_dir)
@@ -55,6 +54,12 @@ def package(run_dir, folder, merge=False, with_checkpoint=False, repo_id=None):
             "--merge, and the whole model is pushed."
         )
     is_merged = bool(adapter and merge)
+    trained_on = record["model"].get("fingerprint")  # of a local base
+    if is_merged and trained_on and (found := identify(base)["fingerprint"]) and found != trained_on:
+        raise UserError(
+            f"{base} has changed since {run_dir} was trained on it, so that merged they would be another model: put its "
+            "weights of then back, and push again."
+        )
     public = public_record(record)
     with loading(str(run_dir), kind="speech model"):
         model, processor = load_stock(run_dir)
@@ -94,12 +99,9 @@ def _finished(run_dir):
     """Returns the record of a run, or says that there is none, that it is not finished, or that its weights are others."""
     if not (run_dir / RUN_FILE).exists():
         raise UserError(f"{run_dir} holds no {RUN_FILE}: give the output folder of a run.")
-    record = read_json(run_dir / RUN_FILE)
-    if (
-        not isinstance(record, dict)
-        or not {"train", "after", "model"} <= record.keys()
-        or not any((run_dir / name).exists() for name in ("config.json", ADAPTER_CONFIG))
-    ):
+    record = read_record(run_dir / RUN_FILE)
+    has_model = any((run_dir / name).exists() for name in ("config.json", ADAPTER_CONFIG))
+    if not has_model or not {"train", "after", "model"} <= record.keys():
         raise UserError(f"The run in {run_dir} is not finished: type its command again, then push.")
     measured = record.get("weights", {})  # records from before it was kept have none
     for name, digest in weights_digests(run_dir).items():
@@ -113,6 +115,8 @@ def _finished(run_dir):
 
 def load_stock(folder):
     """Loads the model of a folder by stock code alone, as whoever finds it on the Hub does.
+
+    On the CPU: at the end of a run the GPU is still full of what trained there.
 
     Args:
         folder: of a model or an adapter.
@@ -143,25 +147,24 @@ def load_stock(folder):
     model.generation_config = GenerationConfig.from_pretrained(folder)
     if adapter:
         model = PeftModel.from_pretrained(model, folder)
-    return model.eval().to(best_device()), AutoProcessor.from_pretrained(folder)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 @torch.no_grad()
 def answer(model, processor):
     """Returns what a model makes of an input that is always the same, as a tensor: logits, or a spectrogram."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng():  # SpeechT5 draws at random while it speaks
+    with torch.random.fork_rng(devices=[]):  # SpeechT5 draws at random while it speaks
         torch.manual_seed(0)
         if base_of(model).config.model_type == "speecht5":
-            ids = processor(text="a few words", return_tensors="pt").input_ids.to(device)
+            ids = processor(text="a few words", return_tensors="pt").input_ids
             config = model.config
-            frames = torch.randn(1, 20, config.num_mel_bins).to(device)
-            voice = torch.randn(1, config.speaker_embedding_dim).to(device)
-            return model(input_ids=ids, decoder_input_values=frames, speaker_embeddings=voice).spectrogram.cpu()
+            frames = torch.randn(1, 20, config.num_mel_bins)
+            voice = torch.randn(1, config.speaker_embedding_dim)
+            return model(input_ids=ids, decoder_input_values=frames, speaker_embeddings=voice).spectrogram
         noise = torch.randn(processor.feature_extractor.sampling_rate).numpy()
         features = processor(noise, sampling_rate=processor.feature_extractor.sampling_rate, return_tensors="pt")
-        tokens = torch.tensor([processor.tokenizer("a few words").input_ids], device=device)
-        return model(input_features=features.input_features.to(device), decoder_input_ids=tokens).logits.cpu()
+        tokens = torch.tensor([processor.tokenizer("a few words").input_ids])
+        return model(input_features=features.input_features, decoder_input_ids=tokens).logits
 
 
 def require_same_answer(folder, expected, tolerance):
@@ -214,8 +217,10 @@ def _write_checkpoint(run_dir, folder, cleaner):
         raise UserError(f"{run_dir} holds no whole checkpoint: leave the checkpoint out.")
     part = folder.with_name(PART_FOLDER)
     shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns("training_args.bin", CARD_FILE, MANIFEST_FILE))
-    state = part / "trainer_state.json"
-    write_json(state, cleaner.value(read_json(state)))
+    quoting = {PROGRESS_FILE: {"bad_audio": {}, "left_out": {}}}  # they name rows, and quote them
+    for path in (part / "trainer_state.json", part / PROGRESS_FILE, part / ADAPTER_CONFIG):
+        if path.exists():
+            write_json(path, cleaner.value(read_json(path) | quoting.get(path.name, {})))
     _forget_origins(part)
     finish_checkpoint(part, folder)  # with a new list of what belongs to it
 

@@ -15,6 +15,9 @@ from hfspeech.runs import CHECKOUT, write_json
 # Names that say nothing of anybody.
 COMMON_NAMES = {"root", "user", "admin", "ubuntu", "runner", "jovyan", "docker", "localhost", "colab", "nobody"}
 LEAST_SECRET = 8  # characters that a secret has at least
+# Files whose texts are names and tokens of a vocabulary: nothing in them is a path, and any word may be one of them.
+VOCABULARY = {"tokenizer.json", "vocab.json", "normalizer.json", "added_tokens.json"}
+NUMBERS = {".safetensors", ".pt", ".distcp"}  # of gigabytes, where a short name stands by chance
 
 # From a slash, or what may stand before one, to the end of the word; not in an address, a fraction or "and/or".
 _PATH = re.compile(r"(?<![\w:/.~<|-])(?:~|\.{1,2})?(?:/[^\s'\"`<>|,;:()\[\]{}]+)+")
@@ -75,7 +78,8 @@ def require_private(folder, public_names=()):
     """Looks into every byte of a folder for what would tell of the machine or its user.
 
     Looked for are tokens and other secrets of the environment, the home folder, the checkout, folders for temporary
-    files, and, where they are more than `root`, the names of user and host.
+    files, and, where they are more than `root`, the names of user and host. Where a word or a name stands by chance,
+    it is no secret: those of the environment are not looked for in a vocabulary, nor user and host in weights.
 
     Args:
         folder: what is to be published.
@@ -84,12 +88,13 @@ def require_private(folder, public_names=()):
     Raises:
         UserError: something was found; which file holds what.
     """
-    needles = dict(_needles(set(public_names)))
+    needles = list(_needles(set(public_names)))
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         if not path.stat().st_size:
             continue
+        patterns = [(what, pattern) for what, pattern, spared in needles if not spared & {path.name, path.suffix}]
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = next((what for what, pattern in needles.items() if pattern.search(content)), None)
+            found = next((what for what, pattern in patterns if pattern.search(content)), None)
         if found:
             raise UserError(
                 f"Nothing is uploaded, for {path.relative_to(folder)} holds {found}: take it out of the run's folder, "
@@ -98,15 +103,15 @@ def require_private(folder, public_names=()):
 
 
 def _needles(public_names):
-    """Yields (what it is, pattern of bytes that gives it away)."""
+    """Yields (what it is, pattern of bytes that gives it away, names and suffixes of files in which it does not)."""
     from huggingface_hub import get_token
 
-    yield "a token of the Hub", _TOKEN
+    yield "a token of the Hub", _TOKEN, set()
     secret = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
     secrets = {f"the secret of {name}": value for name, value in os.environ.items() if secret.search(name)}
     for what, value in {**secrets, "the token of `hf auth login`": get_token() or ""}.items():
         if len(value) >= LEAST_SECRET:
-            yield what, re.compile(re.escape(value.encode()))
+            yield what, re.compile(re.escape(value.encode())), VOCABULARY
     folders = {"your home folder": Path.home()} | ({"the path of the checkout": CHECKOUT} if CHECKOUT else {})
     folders["the working folder"] = Path.cwd()
     folders["a path of temporary files"] = Path(tempfile.gettempdir())
@@ -114,12 +119,13 @@ def _needles(public_names):
         if path != Path(path.anchor):
             # In weights of gigabytes a short path stands by chance, but not with a further name after it.
             end = rb"(?![\w.-])" if len(str(path)) > LEAST_SECRET else rb"/[\w.-]+"
-            yield what, re.compile(re.escape(os.fsencode(path)) + end)
+            yield what, re.compile(re.escape(os.fsencode(path)) + end), set()
     user, host = (name.encode() for name in (_user(), socket.gethostname()))
     if _is_telling(user.decode(), public_names):
-        yield "your user name", re.compile(rb"[/\\~]" + re.escape(user) + rb"(?=[/\\])|\b" + re.escape(user) + rb"@")
+        pattern = rb"[/\\~]" + re.escape(user) + rb"(?=[/\\])|\b" + re.escape(user) + rb"@"
+        yield "your user name", re.compile(pattern), NUMBERS
     if _is_telling(host.decode(), public_names) and re.search(rb"[\d.-]", host):  # else it is a word like any other
-        yield "the name of this machine", re.compile(rb"\b" + re.escape(host) + rb"\b")
+        yield "the name of this machine", re.compile(rb"\b" + re.escape(host) + rb"\b"), NUMBERS
 
 
 def _is_telling(name, public_names):

@@ -11,7 +11,8 @@ from hfspeech.publish.tables import loading_code
 from hfspeech.runs import default_repo_name, writing
 
 # What one push may leave behind and another one does not write: an adapter, say, where the model was merged before.
-OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "checkpoint*/*", "last-checkpoint/*")
+OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+OWN_FILES += tuple(f"{folder}/{files}" for folder in ("checkpoint-*", "last-checkpoint") for files in ("*", "*/*"))
 
 logger = logging.getLogger("hfspeech")
 
