@@ -11,7 +11,7 @@ demo: $(BIN)/installed
 
 # The files of tests are shared out among the cores, one thread each.
 test: $(BIN)/installed
-	OMP_NUM_THREADS=1 $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 $(BIN)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

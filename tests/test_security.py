@@ -88,6 +88,7 @@ def test_no_source_runs_what_it_reads(path):
                 "SpeechT5ForTextToSpeech",
                 "SpeechT5HifiGan",
                 "WavLMForXVector",
+                "kind",
             ):
                 assert given.get("use_safetensors") is True, name
             else:  # configurations, the tokenizer that was written just now, an adapter that is looked at before

@@ -140,14 +140,17 @@ def load_stock(folder):
     source = resolve(adapter["base_model_name_or_path"]) if adapter else str(folder)
     revision = (adapter["revision"] or "main") if adapter else "main"
     classes = {"whisper": WhisperForConditionalGeneration, "speecht5": SpeechT5ForTextToSpeech}
-    kind = classes[AutoConfig.from_pretrained(source, revision=revision).model_type]
-    model, found = kind.from_pretrained(source, revision=revision, dtype=torch.float32, output_loading_info=True)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    kind = classes[config.model_type]
+    model, found = kind.from_pretrained(
+        source, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
     if found["missing_keys"]:  # stock loading fills them with noise
         raise OSError(f"its weights {sorted(found['missing_keys'])[0]} are missing")
     model.generation_config = GenerationConfig.from_pretrained(folder)
     if adapter:
         model = PeftModel.from_pretrained(model, folder)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 @torch.no_grad()
