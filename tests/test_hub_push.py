@@ -120,7 +120,7 @@ def commits(hub, id):
     "id, token, words",
     [
         ("new", "", ["no token", "hf auth login"]),
-        ("new", "hf_expiredexpired", ["token is not valid", "hf auth login --force"]),
+        ("new", "hf_expiredexpired", ["token is not valid", "hf auth login", "--force"]),
         ("new", "hf_readonlyreadonly", ["may only read"]),
         ("acmee/new", TOKEN, ["acmee is not yours", "Did you mean acme?", "tester"]),
         ("stranger/old", TOKEN, ["stranger is not yours"]),

@@ -23,7 +23,7 @@ SILENCE_S = 120.0  # of a connection, after which it is given up
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-_NEW_TOKEN = f"make one that may write at {_TOKENS_PAGE}, then type `hf auth login --force` or set HF_TOKEN"
+_NEW_TOKEN = f"make one that may write at {_TOKENS_PAGE}, then type `hf auth login` (with --force in place of another token) or set HF_TOKEN"
 
 
 class PushFailed(UserError):
@@ -248,7 +248,7 @@ class _Repo:
 
         if huggingface_hub.is_offline_mode():
             raise UserError(
-                "The offline mode is on, so nothing can be pushed: unset HF_HUB_OFFLINE, or push later with `hfspeech push`."
+                "The offline mode is on, so nothing can be pushed: unset HF_HUB_OFFLINE."
             )
         if not get_token():
             raise UserError(f"There is no token for the Hub: {_NEW_TOKEN}.")

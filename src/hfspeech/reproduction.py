@@ -57,6 +57,8 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
     """
     file, is_published = _find(place)
     record = read_record(file)
+    if main_figure(record) is None:
+        raise UserError(f"The run of {place} is not finished, so it has no figure to reproduce: type its own command again.")
     if is_published:  # a record of others opens no folders here
         record["arguments"]["audio_root"] = None
     recipe = _recipe(record, file)
@@ -86,7 +88,10 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
         print(f"\n{text}\n{shlex.join(command)}")
         return 0
     claim_folder(output_dir)
-    (output_dir / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
+    written = output_dir / ARGUMENTS_FILE
+    if (output_dir / RUN_FILE).exists() and not (written.exists() and written.read_text(encoding="utf-8") == text):
+        raise UserError(f"{output_dir} holds another run: choose another --output_dir.")
+    written.write_text(text, encoding="utf-8")
     code = _launch(command, folder, output_dir / RUN_FILE, record)
     if code:
         logger.warning(
@@ -355,9 +360,6 @@ def _verdict(record, new):
     for sentence in material:
         print(sentence)
     title = main_figure(record)
-    if title is None:
-        print("The record holds no result to compare with: it is of a run that did not come to its end.")
-        return 1
     is_within = verdicts[title] in ("equal to the digit", "within the interval")
     if not is_within or material:
         print(f"Not reproduced: {title} is {verdicts[title]}{', but of something else' if is_within else ''}.")

@@ -106,7 +106,7 @@ def _build_parser():
     compare.add_argument(
         "first", metavar="RUN", help="output folder of a run, or its record: what the others are held against"
     )
-    compare.add_argument("others", metavar="RUN", nargs="+", help="the other runs")
+    compare.add_argument("others", metavar="OTHER", nargs="+", help="the other runs")
     compare.add_argument("--metric", default="wer", choices=["wer", "cer"], help="rate to test (default: wer)")
     compare.add_argument("--output", type=Path, help="JSON file for the comparison")
 

@@ -30,5 +30,8 @@ def run(args):
     package(args.run_dir, args.dry_run, merge=args.merge, with_checkpoint=args.with_checkpoint, repo_id=repo_id)
     for path in sorted(path for path in args.dry_run.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>12,} bytes  {path.relative_to(args.dry_run)}")
-    print(f"Nothing was pushed: look at {args.dry_run}, and leave --dry_run out to push it to {repo_id}.")
+    print(
+        f"Nothing was pushed: look at {args.dry_run}, and leave --dry_run out to push it to {repo_id}."
+        + ("" if "/" in repo_id else " under your own name.")
+    )
     return 0

@@ -111,8 +111,8 @@ def _transcript_results(facts):
         [
             *table,
             "",
-            f"In brackets the 95 % interval ({after['interval']}). Both sides were normalised by `{after['normalizer']}` "
-            f"before counting. As written, where case and punctuation count, {raw} are wrong.",
+            f"In brackets the 95 % interval; that of all test rows is by {after['interval']}, the others alike. "
+            f"Both sides were normalised by `{after['normalizer']}` before counting. As written, where case and punctuation count, {raw} are wrong.",
             "",
             f"Of the {after['words']} words of the test rows {after['substitutions']} were taken for another, "
             f"{after['deletions']} left out, and {after['insertions']} added that nobody said.",
@@ -137,7 +137,8 @@ def _speech_results(facts):
         [
             *table,
             "",
-            f"In brackets the 95 % interval ({after['interval']}). `{facts.settings['asr_model_name_or_path']}` listens, and "
+            f"In brackets the 95 % interval; that of all test rows is by {after['interval']}, the others alike. "
+            f"`{facts.settings['asr_model_name_or_path']}` listens, and "
             f"its text is normalised by `{after['normalizer']}`; as written, {percent(after['raw_wer'])} of the words and "
             f"{percent(after['raw_cer'])} of the characters are other than they should be.",
             "",
@@ -348,7 +349,7 @@ def _cost(facts):
     ]
     timings = facts.record.get("timings") or {}
     if timings:
-        lines += [f"- Stages: {', '.join(f'{stage} {_seconds(seconds)}' for stage, seconds in timings.items())}."]
+        lines += [f"- Stages: {', '.join(f'{stage} {_seconds(timings[stage])}' for stage in sorted(timings, key='total'.__eq__))}."]
     kwh, assumption = facts.energy()
     estimate = f"{kwh:.2g} kWh" if kwh >= 0.1 else f"{1000 * kwh:.2g} Wh"
     lines += [

@@ -45,7 +45,7 @@ def package(run_dir, folder, merge=False, with_checkpoint=False, repo_id=None):
             something private would be published.
     """
     run_dir, folder = Path(run_dir), Path(folder)
-    record = _finished(run_dir)
+    record = finished_record(run_dir)
     adapter = read_adapter_config(str(run_dir), "main")
     base = adapter and adapter["base_model_name_or_path"]
     if adapter and not merge and Path(base).is_absolute():
@@ -95,7 +95,7 @@ def weights_digests(folder):
     return digests
 
 
-def _finished(run_dir):
+def finished_record(run_dir):
     """Returns the record of a run, or says that there is none, that it is not finished, or that its weights are others."""
     if not (run_dir / RUN_FILE).exists():
         raise UserError(f"{run_dir} holds no {RUN_FILE}: give the output folder of a run.")

@@ -43,8 +43,9 @@ def push(
         UserError: the run is not whole, or may not be uploaded there.
         PushFailed: the upload did not succeed.
     """
-    from hfspeech.publish.package import package
+    from hfspeech.publish.package import finished_record, package
 
+    finished_record(Path(run_dir))
     where = {"private": private, "revision": revision, "tag": tag, "create_pr": create_pr}
     repo_id = require_write_access(repo_id or default_repo_name(run_dir), **{**where, "tag": None})
     with tempfile.TemporaryDirectory(prefix="hfspeech-") as folder, writing(folder, "set TMPDIR to a larger disk"):

@@ -106,8 +106,8 @@ def where_it_lies(trainer):
     samples = output_dir / SAMPLES_FOLDER
     heard = f"\nListen to it, before and after, in {samples}." if samples.exists() else ""
     return (
-        f"The {kind} is in {output_dir}, the record in {output_dir / RUN_FILE}, every test row in "
-        f"{output_dir}/predictions.jsonl.{heard}\nLoad it with stock code:\n"
+        f"The {kind} is in {output_dir}, its model card in {output_dir}/README.md, the record in {output_dir / RUN_FILE}, "
+        f"every test row in {output_dir}/predictions.jsonl.{heard}\nLoad it with stock code:\n"
         f"    model = {loading_code(output_dir, output_dir)}"
     )
 
@@ -130,7 +130,8 @@ def rate_text(score, name="wer"):
     if not score or score.get(name) is None:
         return "-"
     low, high = score[f"{name}_low"], score[f"{name}_high"]
-    return percent(score[name]) + (f" ({100 * low:.1f}–{100 * high:.1f})" if low is not None else "")
+    # Resampling finds no error where none was made: 0.0–0.0 would not mean certainty.
+    return percent(score[name]) + (f" ({100 * low:.1f}–{100 * high:.1f})" if low is not None and high > 0 else "")
 
 
 def percent(rate):
