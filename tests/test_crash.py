@@ -24,7 +24,7 @@ from hfspeech.publish import publish
 from hfspeech.runs import clear_half_written, is_whole_checkpoint, last_checkpoint, read_json, write_json
 from hfspeech.runs.files import lock_folder
 from hfspeech.training import trainer as trainer_module
-from hfspeech.training.trainer import _StopRequest
+from hfspeech.training.stopping import StopRequest
 
 KILLS = os.environ.get("HFSPEECH_KILLS", "25")
 
@@ -285,7 +285,7 @@ def test_a_run_stopped_at_every_step_ends_like_one_left_in_peace(few_digits, tmp
 
 
 def test_a_second_signal_ends_the_process_at_once_unless_it_is_the_echo_of_the_first(monkeypatch):
-    request, now = _StopRequest(), time.monotonic()
+    request, now = StopRequest(), time.monotonic()
     request(signal.SIGTERM, None)
     request(signal.SIGTERM, None)  # from the cluster, and from the launcher which the cluster has signalled too
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)

@@ -68,7 +68,8 @@ def require_same_layout(checkpoint, args):
     shards = len(list(Path(checkpoint).glob(f"*/{DEEPSPEED_SHARDS}")))
     if shards not in (0, args.world_size):
         raise UserError(
-            f"DeepSpeed goes on from {checkpoint} with as many processes as wrote it: --num_processes {shards}.", of_all=True
+            f"DeepSpeed goes on from {checkpoint} with as many processes as wrote it: --num_processes {shards}.",
+            of_all=True,
         )
 
 

@@ -4,11 +4,8 @@ import functools
 import json
 import logging
 import math
-import os
 import pickle
 import shutil
-import signal
-import threading
 import time
 from pathlib import Path
 
@@ -16,21 +13,19 @@ import psutil
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather, gather_object
-from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, ProgressCallback, Seq2SeqTrainer, TrainerState
 from transformers.integrations import TensorBoardCallback, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     EvalLoopOutput,
-    IntervalStrategy,
     has_length,
     rotate_checkpoints,
-    seed_worker,
     set_seed,
 )
 
 from hfspeech.batching import LengthBatchSampler
 from hfspeech.data.fingerprint import other_rows
-from hfspeech.errors import EXIT_CODES, Interrupted, UserError
+from hfspeech.errors import Interrupted, UserError
 from hfspeech.hardware import can_train_in_bf16, keep_freed_memory, most_seconds_that_fit
 from hfspeech.models.loading import base_of, identify, is_quantized
 from hfspeech.runs import (
@@ -52,10 +47,11 @@ from hfspeech.runs import (
     writing,
 )
 from hfspeech.training import sharding
+from hfspeech.training.callbacks import Curves, ProgressLines, StepCallback
+from hfspeech.training.stopping import Stoppable, StopRequest, begin_worker
 
 ADAM_BYTES_PER_PARAMETER = 8  # two fp32 moments
 MOST_BATCH_SECONDS = 3600.0  # a larger step is no faster on any GPU, and makes too few of them
-ECHO_S = 5.0  # a cluster signals all processes, and their launcher hands on to them what it got itself
 
 logger = logging.getLogger("hfspeech")
 
@@ -119,8 +115,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         if args.max_batch_seconds == "auto" and args.device.type == "cpu":
             raise UserError("--max_batch_seconds auto needs a GPU to fill: give a number of seconds, such as 80.")
         self.max_batch_seconds = None if args.max_batch_seconds == "auto" else args.max_batch_seconds
-        self.stop_request = _StopRequest()
-        callbacks = [_SpeechCallback(self)]
+        self.stop_request = StopRequest()
+        callbacks = [StepCallback(self)]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
@@ -135,9 +131,9 @@ class SpeechTrainer(Seq2SeqTrainer):
         )
         unset_hf_deepspeed_config()  # Trainer sets it once more
         if self.pop_callback(TensorBoardCallback):
-            self.add_callback(_Curves(args.output_dir))
+            self.add_callback(Curves(args.output_dir))
         if self.pop_callback(ProgressCallback):
-            self.add_callback(_ProgressLines)
+            self.add_callback(ProgressLines)
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the step's tokens for compute_loss
         self.record_file = Path(args.output_dir) / RUN_FILE
         self.results = read_json(self.record_file) if self.record_file.exists() else {}
@@ -283,7 +279,7 @@ class SpeechTrainer(Seq2SeqTrainer):
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor if num_workers else None,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=functools.partial(_begin_worker, num_workers=num_workers, rank=args.process_index),
+            worker_init_fn=functools.partial(begin_worker, num_workers=num_workers, rank=args.process_index),
         )
 
     # Evaluation
@@ -509,7 +505,8 @@ class SpeechTrainer(Seq2SeqTrainer):
         checkpoint = self.args.resume_from_checkpoint or last[0]
         if self._most(checkpoint is not None and not Path(checkpoint).is_dir()):
             raise UserError(
-                f"Not every machine sees {checkpoint}: choose an --output_dir on a disk that all of them share.", of_all=True
+                f"Not every machine sees {checkpoint}: choose an --output_dir on a disk that all of them share.",
+                of_all=True,
             )
         if checkpoint:
             sharding.require_same_layout(checkpoint, self.args)
@@ -761,157 +758,4 @@ class SpeechTrainer(Seq2SeqTrainer):
         pass
 
     def _stoppable(self):
-        return _Stoppable(self)
-
-
-class _StopRequest:
-    """Remembers that Ctrl-C or SIGTERM came, by its number; a second one ends the process at once."""
-
-    def __init__(self):
-        self.received = 0
-        self.process = os.getpid()
-
-    def note(self, signum):
-        """Takes down a signal that has reached this process, or another one of this run; 0 is none."""
-        if not self.received:
-            self.received, self.since = int(signum), time.monotonic()
-
-    def __call__(self, signum, frame):
-        if os.getpid() != self.process:  # a process that has been forked and is not yet what it is to be
-            return
-        if not self.received:
-            self.note(signum)
-            logger.warning("Stopping after this step: saving a checkpoint (once more to stop at once, without saving)")
-        elif signum == signal.SIGINT or time.monotonic() - self.since > ECHO_S:
-            raise SystemExit(EXIT_CODES[signum])
-
-
-def _begin_worker(worker_id, num_workers, rank):
-    """Seeds a dataloader worker; of the signals that reach every process it obeys its own process's only.
-
-    Launchers and schedulers send theirs to all processes of a run, which needs its workers to stop well.
-    """
-    seed_worker(worker_id, num_workers, rank)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-class _Stoppable:
-    """While open, Ctrl-C and SIGTERM ask for a stop; an evaluation cut short ends in a saved checkpoint."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.previous = {number: signal.signal(number, self.trainer.stop_request) for number in signals}
-
-    def __exit__(self, kind, error, traceback):
-        trainer, saved = self.trainer, ""
-        try:
-            if kind is KeyboardInterrupt and trainer.is_in_train:
-                saved = trainer._save_what_is_trained()
-        finally:
-            for number, handler in self.previous.items():
-                signal.signal(number, handler)
-        if kind is KeyboardInterrupt:
-            raise Interrupted(
-                f"Stopped while evaluating.{saved or ' Run the same command again to go on.'}",
-                trainer.stop_request.received,
-                of_all=True,
-            ) from None
-
-
-class _SpeechCallback(TrainerCallback):
-    """Sets each epoch's row order, hears the request to stop, and ends a run whose loss is no longer a number."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch = int(state.epoch or 0)
-        trainer = self.trainer
-        for holder in (getattr(trainer, "train_sampler", None), trainer.train_dataset):
-            if hasattr(holder, "set_epoch"):
-                holder.set_epoch(epoch)
-        trainer.begin_pass()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # The next loss to be logged is that of all steps since the last one, those before the checkpoint among them.
-        self.trainer._tr_loss += self.trainer._progress.get("unlogged_loss", 0.0)
-        self.trainer._globalstep_last_logged -= self.trainer._progress.get("unlogged_steps", 0)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        if not has_length(trainer.train_dataset):
-            trainer._stream |= {
-                "num_batches": state.global_step * args.gradient_accumulation_steps * args.world_size,
-                "places": list(trainer._places.items()),
-            }
-            state.epoch = state.global_step / state.max_steps  # Trainer begins to count anew when a stream is resumed
-        ends_epoch = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
-        trainer._evaluation_is_due = control.should_evaluate or ends_epoch
-        trainer._stops = trainer._stop_is_asked()
-        if trainer._stops:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may be no time for it; the next launch begins with it
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.trainer._stops:
-            control.should_save = control.should_evaluate = False
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise UserError(
-                f"The loss at step {state.global_step} is {logs['loss']}: lower --learning_rate; the checkpoints in "
-                f"{args.output_dir} are kept.",
-                of_all=True,
-            )
-
-
-class _Curves(TensorBoardCallback):
-    """Writes the curves into the run's folder for as long as that can be done: a run is worth more than they are."""
-
-    def __init__(self, output_dir):
-        super().__init__()
-        # An evaluation before training would else be logged into the working directory.
-        self.logging_dir = self.logging_dir or str(Path(output_dir) / "runs")
-
-    def on_train_begin(self, *args, **kwargs):
-        self._try(super().on_train_begin, *args, **kwargs)
-
-    def on_log(self, *args, **kwargs):
-        self._try(super().on_log, *args, **kwargs)
-
-    def on_train_end(self, *args, **kwargs):
-        self._try(super().on_train_end, *args, **kwargs)
-
-    def _try(self, method, *args, **kwargs):
-        try:
-            method(*args, **kwargs)
-        except OSError as error:
-            logger.warning("No more curves for TensorBoard (%s); the run goes on", error.strerror or error)
-            self.tb_writer = self._SummaryWriter = None
-
-
-class _ProgressLines(ProgressCallback):
-    """The progress bar, with a line of words for each figure that is logged."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
-            return
-        if "eval_wer" in logs:
-            text = f"validation WER {100 * logs['eval_wer']:.1f} %, loss {logs['eval_loss']:.3f}"
-        elif "loss" in logs:
-            text = f"loss {logs['loss']:.3f}, gradient norm {logs['grad_norm']:.2f}"
-        else:
-            return
-        self.training_bar.write(f"step {state.global_step:5d}  {text}")
+        return Stoppable(self)
