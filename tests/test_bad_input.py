@@ -83,7 +83,7 @@ def test_wrong_arguments_through_a_real_process(tmp_path):
                   output_dir=tmp_path / "out", launcher="python", check=False)  # fmt: skip
     assert done.returncode == 2, done.stderr
     first, second = lines(done.stderr)[-2:]
-    assert "--learning_rat." in first and "Did you mean learning_rate?" in first
+    assert "--learning_rat." in first and "Did you mean --learning_rate?" in first
     assert "--lora_rr." in second and "Did you mean lora_r?" in second
     assert not (tmp_path / "out").exists()
 
@@ -222,6 +222,8 @@ def test_a_full_disk_is_seen_before_training(refusal, monkeypatch):
 
 def test_an_output_folder_of_another_run(refusal, tmp_path):
     assert "--group_columns" in refusal("--group_columns", "txt", "--seed", "1")  # has claimed the folder
+    record = tmp_path / "out/run.json"  # and lets it go, unless it has come to something
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"before": {}}))
     message = refusal("--seed", "2")
     assert str(tmp_path / "out") in message and "seed 1 there, 2 here" in message and "--output_dir" in message
 

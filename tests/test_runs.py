@@ -69,6 +69,20 @@ def test_another_run_is_refused_and_the_differences_named(tmp_path):
     assert "learning_rate 0.001 there, 0.002 here" in message and "seed 42 there, 7 here" in message
 
 
+def test_a_mistake_does_not_hold_its_folder(tmp_path):
+    """A launch that failed before it measured or trained anything was the wrong command, and the right one may follow."""
+    open_run(arguments(tmp_path, seed=1))
+    record = read_json(tmp_path / RUN_FILE)
+    write_json(tmp_path / RUN_FILE, record | {"state": "failed"})
+    open_run(arguments(tmp_path, seed=2))
+    found = read_json(tmp_path / RUN_FILE)
+    assert found["arguments"]["seed"] == 2 and found["state"] == "running"
+    for begun in ({"state": "failed", "before": {}}, {"state": "interrupted"}):
+        write_json(tmp_path / RUN_FILE, record | begun)
+        with pytest.raises(UserError, match="seed 1 there, 2 here"):
+            open_run(arguments(tmp_path, seed=2))
+
+
 def test_many_differences_are_counted(tmp_path):
     open_run(arguments(tmp_path))
     with pytest.raises(UserError, match="and 2 more"):

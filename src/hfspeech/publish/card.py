@@ -220,7 +220,8 @@ from transformers import pipeline
 
 recognise = pipeline("automatic-speech-recognition", model="{facts.where}")
 waveform, sampling_rate = soundfile.read("recording.wav", dtype="float32")
-print(recognise({{"raw": waveform, "sampling_rate": sampling_rate}})["text"])"""
+recording = {{"raw": waveform, "sampling_rate": sampling_rate}}
+print(recognise(recording, generate_kwargs={{"num_beams": 1}})["text"])  # greedily, as it was measured"""
     return f"""import soundfile
 from peft import PeftModel
 from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
