@@ -84,7 +84,7 @@ def test_wrong_arguments_through_a_real_process(tmp_path):
     assert done.returncode == 2, done.stderr
     first, second = lines(done.stderr)[-2:]
     assert "--learning_rat." in first and "Did you mean --learning_rate?" in first
-    assert "--lora_rr." in second and "Did you mean lora_r?" in second
+    assert "--lora_rr." in second and "Did you mean --lora_r?" in second
     assert not (tmp_path / "out").exists()
 
 

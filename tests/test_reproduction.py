@@ -280,15 +280,15 @@ def test_half_precision_needs_a_gpu(caplog):
     assert "fp16, which needs a GPU" in caplog.text
 
 
-def test_a_run_that_fails_says_why_and_how_to_go_on(finished, capfd):
+def test_the_folder_of_another_run_is_left_alone(finished):
     output_dir = finished.with_name("occupied")
     shutil.copytree(finished, output_dir)
     other = json.loads((output_dir / "run.json").read_text())
     other["arguments"]["learning_rate"] = 0.5
     (output_dir / "run.json").write_text(json.dumps(other))
-    assert main(["reproduce", str(finished), "--output_dir", str(output_dir)]) == 2
-    stderr = capfd.readouterr().err
-    assert "holds another run (learning_rate 0.5 there, 0.001 here)" in stderr and "Traceback" not in stderr
+    with pytest.raises(UserError, match=f"{output_dir} holds another run: choose another --output_dir"):
+        reproduce(finished, output_dir)
+    assert not (output_dir / "args.yaml").exists()
 
 
 def test_what_is_no_longer_a_setting_is_named(caplog):

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from . import arguments
-from .arguments import MAY_BE_NULL, NOT_IDENTITY, parse_arguments
+from .arguments import MAY_BE_NULL, NOT_IDENTITY, parse_arguments, read_arguments_file
 from .data.fingerprint import other_rows
 from .errors import EXIT_CODES, UserError
 from .hub import fetch_file
@@ -89,7 +89,7 @@ def reproduce(place, output_dir=None, moved=None, dry_run=False):
         return 0
     claim_folder(output_dir)
     written = output_dir / ARGUMENTS_FILE
-    if (output_dir / RUN_FILE).exists() and not (written.exists() and written.read_text(encoding="utf-8") == text):
+    if (output_dir / RUN_FILE).exists() and not (written.exists() and read_arguments_file(written) == settings):
         raise UserError(f"{output_dir} holds another run: choose another --output_dir.")
     written.write_text(text, encoding="utf-8")
     code = _launch(command, folder, output_dir / RUN_FILE, record)
