@@ -78,10 +78,11 @@ def test_a_run_from_the_hub_and_back(hub, tmp_path):
     for path in files:
         content = hub.read("models", "acme/tuned", path)
         assert TOKEN.encode() not in content and str(tmp_path).encode() not in content, path
-    imports = "from peft import PeftModel; from transformers import WhisperForConditionalGeneration"
+    imports = "import numpy; from peft import PeftModel; from transformers import WhisperForConditionalGeneration, pipeline"
+    heard = "pipeline('automatic-speech-recognition', 'acme/tuned')({'raw': numpy.zeros(16000), 'sampling_rate': 16000})"
     code = told.split("model = ")[1].strip()
-    loaded = command(hub, tmp_path / "elsewhere", "-c", f"{imports}; print(type({code}).__name__)")
-    assert 'revision="v1"' in code and loaded.strip() == "PeftModel"
+    loaded = command(hub, tmp_path / "elsewhere", "-c", f"{imports}; print(type({code}).__name__, *{heard})")
+    assert 'revision="v1"' in code and loaded.strip() == "PeftModel text"
     # Whoever reads the card makes the model again: the command that it names, from what is on the Hub alone.
     again = re.search(r"hfspeech reproduce \S+", hub.read("models", "acme/tuned", "README.md").decode())[0]
     told = command(hub, home, "-m", "hfspeech.cli", *shlex.split(again)[1:], "--output_dir", str(tmp_path / "again"))

@@ -15,7 +15,7 @@ from loopback_hub import TOKEN, LoopbackHub
 from hfspeech.arguments import DataArguments
 from hfspeech.data.sources import LocalSource
 from hfspeech.errors import UserError
-from hfspeech.publish.dataset import write_parquet
+from hfspeech.publish.dataset import push_dataset, write_parquet
 
 READ = """
 import json, sys
@@ -147,3 +147,8 @@ def test_broken_recordings_are_named_before_anything_is_uploaded(tmp_path):
     ):
         assert words in line
     assert len(lines) == 5 and "row 5: no file is named" in lines[3] and "Nothing was pushed" in lines[-1]
+
+
+def test_no_configuration_takes_the_folder_of_the_default_one(tmp_path):
+    with pytest.raises(UserError, match="choose another name with --config"):
+        push_dataset(tmp_path, "me/recordings", config="data")

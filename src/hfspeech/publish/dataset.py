@@ -64,6 +64,8 @@ def push_dataset(
     """
     if not re.fullmatch(r"\w[\w.-]*", config):
         raise UserError(f"{config!r} cannot name a configuration: use letters, digits, - _ and . only.")
+    if config == "data":  # where the configuration that is called default lies
+        raise UserError("data cannot name a configuration: choose another name with --config.")
     if language and not re.fullmatch(r"[a-z]{2,3}(-\w+)*", language):
         raise UserError(f"{language!r} is no code of a language: give one such as de.")
     if license and not re.fullmatch(r"[a-z0-9.+-]+", license):
