@@ -268,7 +268,8 @@ def test_a_slurm_job_is_queued_again_and_goes_on(one, data, tmp_path):
     wait_for(folder / "checkpoint-3/trainer_state.json", job)
     job.send_signal(signal.SIGUSR1)
     said, _ = job.communicate(timeout=90)
-    assert (tmp_path / "requeued").read_text() == "4711\n", said
+    assert (tmp_path / "requeued").exists(), said
+    assert (tmp_path / "requeued").read_text() == "4711\n"
     assert job.returncode and read(folder)["state"] == "interrupted"
 
     job = slurm(folder, tmp_path, data)
