@@ -284,6 +284,19 @@ def test_a_run_stopped_at_every_step_ends_like_one_left_in_peace(few_digits, tmp
     assert comparable(last)[2]["bad_audio"]["train"]["count"] == 1
 
 
+def test_a_worker_is_born_deaf_to_what_reaches_every_process():
+    """A signal that comes while a pass begins must not kill a worker that has only just been forked."""
+    previous = signal.signal(signal.SIGTERM, StopRequest())
+    try:
+        if (child := os.fork()) == 0:
+            os._exit(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        _, status = os.waitpid(child, 0)
+        blocked_here = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert os.waitstatus_to_exitcode(status) == 1 and not blocked_here
+
+
 def test_a_second_signal_ends_the_process_at_once_unless_it_is_the_echo_of_the_first(monkeypatch):
     request, now = StopRequest(), time.monotonic()
     request(signal.SIGTERM, None)

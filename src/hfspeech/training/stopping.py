@@ -37,6 +37,21 @@ class StopRequest:
             raise SystemExit(EXIT_CODES[signum])
 
 
+def _shield():
+    if isinstance(signal.getsignal(signal.SIGTERM), StopRequest):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unshield():
+    if isinstance(signal.getsignal(signal.SIGTERM), StopRequest):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+# While a run can be stopped, its dataloader workers are born with SIGTERM blocked: torch has them die of it before
+# `begin_worker` is called.
+os.register_at_fork(before=_shield, after_in_parent=_unshield)
+
+
 def begin_worker(worker_id, num_workers, rank):
     """Seeds a dataloader worker; of the signals that reach every process it obeys its own process's only.
 
