@@ -33,9 +33,8 @@ from hfspeech.runs import environment, read_json, write_json
 from hfspeech.text import normalizer
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "assets/nano_whisper"
 MARGIN = 0.005  # half a point of WER
-JOINED_ROWS, GAP_S = 5, 0.3  # rows in one long recording, and the silence between them
+GAP_S = 0.3  # silence between the rows of one long recording
 NUM_RESAMPLES = 4000
 RATE = 16000
 KINDS = ("short", "long", "pipeline")
@@ -46,10 +45,10 @@ def test_splits(dataset):
     return sorted(path.name for path in Path(dataset).iterdir() if path.name.startswith("test"))
 
 
-def train(dataset, arm, seed, output_dir, flags):
+def train(base, dataset, arm, seed, output_dir, flags):
     """Runs the recipe as a user does, in one process with one thread; returns its results."""
     command = [sys.executable, str(ROOT / "recipes/whisper_full/run.py"), str(ROOT / "bench/quality.yaml")]
-    command += ["--dataset_name", dataset, "--test_split_name", *test_splits(dataset), "--seed", str(seed)]
+    command += ["--model_name_or_path", str(base), "--dataset_name", dataset, "--test_split_name", *test_splits(dataset), "--seed", str(seed)]
     command += ["--output_dir", str(output_dir), *arm, *flags]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
@@ -91,15 +90,15 @@ def errors_and_words(predictions, references):
     return [[c.substitutions + c.deletions + c.insertions, c.hits + c.substitutions + c.deletions] for c in counts]
 
 
-def join_rows(rows):
-    """Returns long recordings: `JOINED_ROWS` rows of one speaker each, short silences between them."""
+def join_rows(rows, num_joined):
+    """Returns long recordings: so many rows of one speaker each, short silences between them."""
     gap, found = np.zeros(round(GAP_S * RATE), np.float32), []
     for _, group in itertools.groupby(
         sorted(rows, key=lambda row: (row["split"], row["speaker"] or "")), key=lambda r: r["speaker"]
     ):
         group = list(group)
-        for start in range(0, len(group) - JOINED_ROWS + 1, JOINED_ROWS):
-            part = group[start : start + JOINED_ROWS]
+        for start in range(0, len(group) - num_joined + 1, num_joined):
+            part = group[start : start + num_joined]
             waveform = np.concatenate([piece for row in part for piece in (row["waveform"], gap)])
             found.append({"waveform": waveform, "text": " ".join(row["text"] for row in part)})
     return found
@@ -130,9 +129,11 @@ def difference(ours, padded, generator):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "assets/nano_whisper", help="the base, a folder")
     parser.add_argument("--dataset_name", nargs="+", default=["assets/flite_digits"])
     parser.add_argument("--full_window_share", nargs="+", type=float, default=[0.0, 0.02, 0.05, 0.1, 0.25])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--joined_rows", type=int, default=5, help="in a long recording, to outlast the window")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings that run at once, one thread each")
     parser.add_argument("--output", type=Path, required=True)
     args, flags = parser.parse_known_args()  # what is left goes to the recipe
@@ -141,25 +142,27 @@ def main():
     arms = {"padded": ["--encoder_window", "full"]}
     for share in args.full_window_share:
         arms[f"{share:g}"] = ["--encoder_window", "auto", "--full_window_share", str(share)]
-    record = {"environment": environment(), "margin": MARGIN, "seeds": args.seeds, "flags": flags, "datasets": {}}
+    window_s = WhisperProcessor.from_pretrained(args.model).feature_extractor.chunk_length
+    record = {"environment": environment(), "model": os.path.relpath(args.model, ROOT), "window_s": window_s}
+    record |= {"margin": MARGIN, "seeds": args.seeds, "flags": flags, "datasets": {}}
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for dataset in args.dataset_name:
-            entry = compare(dataset, arms, args.seeds, Path(work) / Path(dataset).name, pool, flags)
+            entry = compare(args, dataset, window_s, arms, Path(work) / Path(dataset).name, pool, flags)
             record["datasets"][Path(dataset).name] = entry
             write_json(args.output, record)
             print(table(record))
 
 
-def compare(dataset, arms, seeds, work, pool, flags):
+def compare(args, dataset, window_s, arms, work, pool, flags):
     """Trains every arm with every seed on one dataset, and returns the record of how they did."""
     tests = [load_split(DataArguments(dataset_name=[dataset]), split) for split in test_splits(dataset)]
-    window_s = WhisperProcessor.from_pretrained(BASE).feature_extractor.chunk_length
+    seeds = args.seeds
     rows = [test[i] for test in tests for i in range(len(test)) if test[i]["duration_s"] <= window_s]
-    long_recordings = join_rows(rows)
+    long_recordings = join_rows(rows, args.joined_rows)
 
     def run(arm, seed):
         folder = work / arm / str(seed)
-        results = train(dataset, arms[arm], seed, folder, flags)
+        results = train(args.model, dataset, arms[arm], seed, folder, flags)
         found = stock_errors(folder, rows, long_recordings)
         shutil.rmtree(folder)
         print(f"{dataset} {arm} seed {seed}: {rate(found['short']):.4f} {rate(found['long']):.4f}", flush=True)
@@ -168,7 +171,7 @@ def compare(dataset, arms, seeds, work, pool, flags):
 
     jobs = {(arm, seed): pool.submit(run, arm, seed) for seed in seeds for arm in arms}
     found = {key: job.result() for key, job in jobs.items()}
-    before = stock_errors(BASE, rows, long_recordings)
+    before = stock_errors(args.model, rows, long_recordings)
     entry = {
         "rows": len(rows),
         "words": sum(words for _, words in before["short"]),
