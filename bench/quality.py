@@ -4,8 +4,8 @@
 
 Fine-tunes the same base with the same recipe for the same number of steps, once with every batch padded to the full
 window and once for each `full_window_share`, with several seeds, on each dataset. Every tuned model is then loaded and
-decoded by transformers alone: features padded to the full window, greedy `generate`. Rows joined to recordings longer
-than the window are cut in their pauses into pieces, padded to the full window, too (`hfspeech transcribe`), and go
+decoded by transformers alone: features padded to the full window, greedy `generate`. Rows joined to recordings too long
+for the model are cut in their pauses into pieces, padded to the full window, too (`hfspeech transcribe`), and go
 through transformers' own chunked pipeline. The difference to the padded runs comes with a bootstrap over seeds and
 rows: its 95th percentile has to stay under half a point.
 """
@@ -29,12 +29,12 @@ from hfspeech.arguments import DataArguments
 from hfspeech.data import load_split
 from hfspeech.inference import joined, transcribe
 from hfspeech.models.loading import quiet_transformers
-from hfspeech.runs import environment, read_json, write_json
+from hfspeech.runs import RUN_FILE, environment, read_json, write_json
 from hfspeech.text import normalizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MARGIN = 0.005  # half a point of WER
-GAP_S = 0.3  # silence between the rows of one long recording
+JOINED_ROWS, GAP_S = 5, 0.3  # rows in one long recording, and the silence between them
 NUM_RESAMPLES = 4000
 RATE = 16000
 KINDS = ("short", "long", "pipeline")
@@ -57,7 +57,7 @@ def train(base, dataset, arm, seed, output_dir, flags):
     return read_json(output_dir / "run.json")
 
 
-def stock_errors(model_dir, rows, long_recordings):
+def stock_errors(model_dir, rows, long_recordings, max_piece_s):
     """Decodes padded to the full window; returns [errors, words] of each row, and of each long recording, both ways."""
     torch.set_num_threads(1)
     model = WhisperForConditionalGeneration.from_pretrained(model_dir).eval()
@@ -71,10 +71,10 @@ def stock_errors(model_dir, rows, long_recordings):
         texts += processor.batch_decode(tokens, skip_special_tokens=True)
     pipeline = AutomaticSpeechRecognitionPipeline(
         model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor,
-        chunk_length_s=processor.feature_extractor.chunk_length,
+        chunk_length_s=max_piece_s,
     )  # fmt: skip
     chunked = pipeline([{"raw": r["waveform"], "sampling_rate": RATE} for r in long_recordings], batch_size=32)
-    cut = transcribe(model, processor, [r["waveform"] for r in long_recordings], 32, encoder_window="full")
+    cut = transcribe(model, processor, [r["waveform"] for r in long_recordings], 32, max_piece_s, encoder_window="full")
     references = [recording["text"] for recording in long_recordings]
     return {
         "short": errors_and_words(texts, [row["text"] for row in rows]),
@@ -90,15 +90,15 @@ def errors_and_words(predictions, references):
     return [[c.substitutions + c.deletions + c.insertions, c.hits + c.substitutions + c.deletions] for c in counts]
 
 
-def join_rows(rows, num_joined):
-    """Returns long recordings: so many rows of one speaker each, short silences between them."""
+def join_rows(rows):
+    """Returns long recordings: `JOINED_ROWS` rows of one speaker each, short silences between them."""
     gap, found = np.zeros(round(GAP_S * RATE), np.float32), []
     for _, group in itertools.groupby(
         sorted(rows, key=lambda row: (row["split"], row["speaker"] or "")), key=lambda r: r["speaker"]
     ):
         group = list(group)
-        for start in range(0, len(group) - num_joined + 1, num_joined):
-            part = group[start : start + num_joined]
+        for start in range(0, len(group) - JOINED_ROWS + 1, JOINED_ROWS):
+            part = group[start : start + JOINED_ROWS]
             waveform = np.concatenate([piece for row in part for piece in (row["waveform"], gap)])
             found.append({"waveform": waveform, "text": " ".join(row["text"] for row in part)})
     return found
@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--dataset_name", nargs="+", default=["assets/flite_digits"])
     parser.add_argument("--full_window_share", nargs="+", type=float, default=[0.0, 0.02, 0.05, 0.1, 0.25])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--joined_rows", type=int, default=5, help="in a long recording, to outlast the window")
+    parser.add_argument("--max_piece_s", type=float, default=5, help="of long recordings; longer rows are left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings that run at once, one thread each")
     parser.add_argument("--output", type=Path, required=True)
     args, flags = parser.parse_known_args()  # what is left goes to the recipe
@@ -144,26 +144,29 @@ def main():
         arms[f"{share:g}"] = ["--encoder_window", "auto", "--full_window_share", str(share)]
     window_s = WhisperProcessor.from_pretrained(args.model).feature_extractor.chunk_length
     record = {"environment": environment(), "model": os.path.relpath(args.model, ROOT), "window_s": window_s}
+    if (args.model / RUN_FILE).exists():  # a base that was trained for this, and how
+        made = read_json(args.model / RUN_FILE)
+        record["base"] = {"environment": made["environment"], "test": made["after"]["wer"]}
     record |= {"margin": MARGIN, "seeds": args.seeds, "flags": flags, "datasets": {}}
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for dataset in args.dataset_name:
-            entry = compare(args, dataset, window_s, arms, Path(work) / Path(dataset).name, pool, flags)
+            entry = compare(args, dataset, arms, Path(work) / Path(dataset).name, pool, flags)
             record["datasets"][Path(dataset).name] = entry
             write_json(args.output, record)
             print(table(record))
 
 
-def compare(args, dataset, window_s, arms, work, pool, flags):
+def compare(args, dataset, arms, work, pool, flags):
     """Trains every arm with every seed on one dataset, and returns the record of how they did."""
     tests = [load_split(DataArguments(dataset_name=[dataset]), split) for split in test_splits(dataset)]
     seeds = args.seeds
-    rows = [test[i] for test in tests for i in range(len(test)) if test[i]["duration_s"] <= window_s]
-    long_recordings = join_rows(rows, args.joined_rows)
+    rows = [test[i] for test in tests for i in range(len(test)) if test[i]["duration_s"] <= args.max_piece_s]
+    long_recordings = join_rows(rows)
 
     def run(arm, seed):
         folder = work / arm / str(seed)
         results = train(args.model, dataset, arms[arm], seed, folder, flags)
-        found = stock_errors(folder, rows, long_recordings)
+        found = stock_errors(folder, rows, long_recordings, args.max_piece_s)
         shutil.rmtree(folder)
         print(f"{dataset} {arm} seed {seed}: {rate(found['short']):.4f} {rate(found['long']):.4f}", flush=True)
         unpadded = results["after"].get("unpadded", {}).get("wer")
@@ -171,7 +174,7 @@ def compare(args, dataset, window_s, arms, work, pool, flags):
 
     jobs = {(arm, seed): pool.submit(run, arm, seed) for seed in seeds for arm in arms}
     found = {key: job.result() for key, job in jobs.items()}
-    before = stock_errors(args.model, rows, long_recordings)
+    before = stock_errors(args.model, rows, long_recordings, args.max_piece_s)
     entry = {
         "rows": len(rows),
         "words": sum(words for _, words in before["short"]),
