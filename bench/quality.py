@@ -48,7 +48,8 @@ def test_splits(dataset):
 def train(base, dataset, arm, seed, output_dir, flags):
     """Runs the recipe as a user does, in one process with one thread; returns its results."""
     command = [sys.executable, str(ROOT / "recipes/whisper_full/run.py"), str(ROOT / "bench/quality.yaml")]
-    command += ["--model_name_or_path", str(base), "--dataset_name", dataset, "--test_split_name", *test_splits(dataset), "--seed", str(seed)]
+    command += ["--model_name_or_path", str(base), "--dataset_name", dataset, "--seed", str(seed)]
+    command += ["--test_split_name", *test_splits(dataset)]
     command += ["--output_dir", str(output_dir), *arm, *flags]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
@@ -74,7 +75,8 @@ def stock_errors(model_dir, rows, long_recordings, max_piece_s):
         chunk_length_s=max_piece_s,
     )  # fmt: skip
     chunked = pipeline([{"raw": r["waveform"], "sampling_rate": RATE} for r in long_recordings], batch_size=32)
-    cut = transcribe(model, processor, [r["waveform"] for r in long_recordings], 32, max_piece_s, encoder_window="full")
+    waveforms = [recording["waveform"] for recording in long_recordings]
+    cut = transcribe(model, processor, waveforms, 32, max_piece_s, encoder_window="full")
     references = [recording["text"] for recording in long_recordings]
     return {
         "short": errors_and_words(texts, [row["text"] for row in rows]),
