@@ -76,8 +76,8 @@ def agreement(model, inputs, maxlenratio):
         expected = stock(model, None, inputs, maxlenratio)
     seeds = [seed] * len(inputs["input_ids"])
     found = {"stock": 0.0, "spread": torch.stack(expected).std().item()}
-    for arm, half_weights in (("ours_fp32", False), ("ours", True)):
-        rows = ours(model, None, inputs, maxlenratio, seeds=seeds, half_weights=half_weights)
+    for arm, half_precision in (("ours_fp32", False), ("ours", True)):
+        rows = ours(model, None, inputs, maxlenratio, seeds=seeds, half_precision=half_precision)
         found[arm] = max((a - b).abs().max().item() for a, b in zip(rows, expected, strict=True))
         if found[arm] > TOLERANCE[arm]:
             raise SystemExit(f"{arm} differs from stock by {found[arm]:.2g} in log10 mel: nothing was timed.")
@@ -124,7 +124,7 @@ def main():
             ratio = num_frames / args.tokens
             runs = {
                 "ours": partial(ours, model, own, rows, ratio),
-                "ours_fp32": partial(ours, model, own, rows, ratio, half_weights=False),
+                "ours_fp32": partial(ours, model, own, rows, ratio, half_precision=False),
                 "stock": partial(stock, model, theirs, rows, ratio),
             }
             arms = {name: partial(timed, runs[name], num_rows, num_frames, samples_per_frame) for name in args.arms}

@@ -11,9 +11,9 @@ PACKAGE = ROOT / "src/hfspeech"
 
 # A module imports only from lower levels.
 LEVELS = {
-    "errors": 0,
+    "errors": 0, "hardware": 0,
     "text": 1, "spelling": 1,
-    "arguments": 1, "audio": 1, "hub": 1, "hardware": 1, "modeling": 1,
+    "arguments": 1, "audio": 1, "hub": 1, "modeling": 1,
     "augment": 2, "data": 2, "metrics": 2, "models": 2, "runs": 2,
     "batching": 3, "voices": 3,
     "inference": 4, "training": 4, "publish": 4, "synthesis": 4,

@@ -54,7 +54,7 @@ def make_rows_stop(model, batch, seeds, num_steps=40):
         seen = []
         hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output + 100))  # noqa: B023
         bound = 2 * num_steps / NUM_TOKENS[row] + 0.01
-        generate_spectrograms(model, **row_of(batch, row), seeds=[seed], maxlenratio=bound, half_weights=False)
+        generate_spectrograms(model, **row_of(batch, row), seeds=[seed], maxlenratio=bound, half_precision=False)
         hook.remove()
         logits.append(torch.cat(seen)[:num_steps])
     for bias in torch.arange(-5, 5, 0.1):
@@ -92,7 +92,7 @@ def test_a_row_is_what_transformers_makes(batch, monkeypatch, dropout, reduction
     # More steps than a block of keys holds.
     row, options = row_of(batch, 0), {"maxlenratio": 130 * reduction_factor / NUM_TOKENS[0] + 0.01}
     expected, attentions = as_transformers(model, monkeypatch, 7, **row, **options, output_cross_attentions=True)
-    [found] = generate_spectrograms(model, **row, **options, seeds=[7], output_attentions=True, half_weights=False)
+    [found] = generate_spectrograms(model, **row, **options, seeds=[7], output_attentions=True, half_precision=False)
     assert len(expected) == 130 * reduction_factor
     assert_same(found.spectrogram, expected)
     assert_same(found.cross_attentions.flatten(0, 1), attentions.flatten(0, 1))
@@ -103,7 +103,7 @@ def test_a_batch_is_what_transformers_makes(batch, monkeypatch):
     model = tiny_speecht5()
     make_rows_stop(model, batch, [3] * 3)
     expected, lengths = as_transformers(model, monkeypatch, 3, **batch, return_output_lengths=True)
-    found = generate_spectrograms(model, **batch, seeds=[3] * 3, half_weights=False)
+    found = generate_spectrograms(model, **batch, seeds=[3] * 3, half_precision=False)
     assert len(set(lengths)) == 3 and max(lengths) <= 80  # each row stops by itself
     for one, spectrogram, length in zip(found, expected, lengths, strict=True):
         assert not one.is_unfinished
@@ -116,7 +116,7 @@ def test_shortest_and_longest_speech_are_those_of_transformers(batch, monkeypatc
     for bias, options in ((100, {"minlenratio": 3.0}), (-100, {"maxlenratio": 3.0}), (-100, {"maxlenratio": 0.1})):
         model.speech_decoder_postnet.prob_out.bias.data.fill_(bias)
         expected = as_transformers(model, monkeypatch, 3, **row, **options)
-        [found] = generate_spectrograms(model, **row, **options, seeds=[3], half_weights=False)
+        [found] = generate_spectrograms(model, **row, **options, seeds=[3], half_precision=False)
         assert_same(found.spectrogram, expected)
         assert found.is_unfinished == (bias < 0)
 
@@ -124,7 +124,7 @@ def test_shortest_and_longest_speech_are_those_of_transformers(batch, monkeypatc
 def test_a_row_does_not_depend_on_its_neighbours(batch):
     model = tiny_speecht5()
     make_rows_stop(model, batch, [3, 4, 5])
-    options = {"output_attentions": True, "half_weights": False}
+    options = {"output_attentions": True, "half_precision": False}
     together = generate_spectrograms(model, **batch, seeds=[3, 4, 5], **options)
     for row, seed in enumerate((3, 4, 5)):
         [alone] = generate_spectrograms(model, **row_of(batch, row), seeds=[seed], **options)
@@ -160,7 +160,7 @@ def test_no_row_is_longer_than_the_decoder_has_positions(batch):
     assert [len(one.spectrogram) for one in generate_spectrograms(model, **batch)] == [20] * 3
 
 
-def test_half_weights_are_nearly_the_same_and_follow_the_weights(batch):
+def test_half_precision_are_nearly_the_same_and_follow_the_weights(batch):
     model = tiny_speecht5()
     model.speech_decoder_postnet.prob_out.bias.data.fill_(-100)
 
@@ -169,14 +169,14 @@ def test_half_weights_are_nearly_the_same_and_follow_the_weights(batch):
         return torch.cat([one.spectrogram for one in found])
 
     before = spectrograms()
-    exact = spectrograms(half_weights=False)
+    exact = spectrograms(half_precision=False)
     assert_same(before, exact, tolerance=2e-2)
     if torch.backends.quantized.engine in ("x86", "fbgemm"):
         assert not torch.equal(before, exact)
     for name, parameter in model.named_parameters():
         if "decoder" in name:
             parameter.data.mul_(1.1)  # as adapters are merged: the version of the tensor does not count it
-    assert_same(spectrograms(), spectrograms(half_weights=False), tolerance=2e-2)
+    assert_same(spectrograms(), spectrograms(half_precision=False), tolerance=2e-2)
     assert (spectrograms() - before).abs().max() > 0.1
 
 
@@ -184,7 +184,7 @@ def test_adapters_are_heard(batch):
     peft = pytest.importorskip("peft")
     model = tiny_speecht5()
     model.speech_decoder_postnet.prob_out.bias.data.fill_(-100)
-    options = {"seeds": [3] * 3, "maxlenratio": 4.0, "half_weights": False}
+    options = {"seeds": [3] * 3, "maxlenratio": 4.0, "half_precision": False}
     plain = generate_spectrograms(model, **batch, **options)
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()

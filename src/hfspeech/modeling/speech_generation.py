@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from hfspeech.errors import UserError
+from hfspeech.hardware import can_train_in_bf16
 
 # Whether a row has stopped is looked at so often, in decoder steps: each look waits for the GPU, each step past a row's
 # stop is wasted. A sentence takes some 200 steps.
@@ -44,7 +45,7 @@ def generate_spectrograms(
     minlenratio=0.0,
     maxlenratio=20.0,
     output_attentions=False,
-    half_weights=True,
+    half_precision=True,
 ) -> list:
     """Synthesises the spectrograms of a batch of texts.
 
@@ -70,9 +71,10 @@ def generate_spectrograms(
             frames, sum to this much.
         minlenratio, maxlenratio: shortest and longest speech, in frames for each token.
         output_attentions: also return the weights of the attention to the text.
-        half_weights: on an x86 CPU, multiply by copies of the decoder's fp32 weights that are rounded to fp16. Inputs,
-            sums and everything else stay fp32. Each such copy takes half its layer's memory for as long as the model
-            lives, and is made anew when the layer has changed. bench/synthesize.py says what it gains.
+        half_precision: on a CPU, read the text in bf16 where that is faster, and on an x86 one multiply by copies of the
+            decoder's fp32 weights that are rounded to fp16. Everything else stays fp32, for every frame is made of those
+            before it. Each such copy takes half its layer's memory for as long as the model lives, and is made anew when
+            the layer has changed. bench/synthesize.py says what it gains.
 
     Returns:
         `Generated` for each row.
@@ -94,7 +96,7 @@ def generate_spectrograms(
     longest = [min(max(1, *bounds), config.max_speech_positions) for bounds in zip(shortest, longest)]
     generators = [None] * len(input_ids) if seeds is None else [torch.Generator().manual_seed(int(s)) for s in seeds]
 
-    batch = _Batch(model, input_ids, attention_mask, speaker_embeddings, generators, output_attentions, half_weights)
+    batch = _Batch(model, input_ids, attention_mask, speaker_embeddings, generators, output_attentions, half_precision)
     found, parts = [None] * len(input_ids), [[] for _ in input_ids]
     while batch.rows:
         num_steps = min(STEPS_BETWEEN_LOOKS, max(longest[row] for row in batch.rows) - batch.position)
@@ -143,16 +145,10 @@ class _Batch:
     """
 
     def __init__(
-        self, model, input_ids, attention_mask, speaker_embeddings, generators, output_attentions, half_weights
+        self, model, input_ids, attention_mask, speaker_embeddings, generators, output_attentions, half_precision
     ):
-        self.config, self.output_attentions, self.half_weights = model.config, output_attentions, half_weights
+        self.config, self.output_attentions, self.half_precision = model.config, output_attentions, half_precision
         self.rows, self.generators, self.position = list(range(len(input_ids))), generators, 0
-        encoded = model.speecht5.encoder(input_values=input_ids, attention_mask=attention_mask, return_dict=True)[0]
-        num_rows, num_tokens, size = encoded.shape
-        self.heads, self.head_dim = self.config.decoder_attention_heads, size // self.config.decoder_attention_heads
-        self.frame = encoded.new_zeros(num_rows, self.config.num_mel_bins)
-        self.speakers = functional.normalize(speaker_embeddings.to(encoded)).expand(num_rows, -1)
-
         prenet, postnet = model.speecht5.decoder.prenet, model.speech_decoder_postnet
         self.prenet_layers = [self._linear(layer) for layer in (*prenet.layers, prenet.final_layer)]
         self.positions = prenet.encode_positions.alpha * prenet.encode_positions.pe[0]
@@ -160,12 +156,20 @@ class _Batch:
         self.layers = [_Layer(layer, self._linear) for layer in model.speecht5.decoder.wrapped_decoder.layers]
         self.feat_out, self.prob_out = self._linear(postnet.feat_out), postnet.prob_out
 
-        # Keys and values: (layers, 2, rows, heads, positions, head_dim).
+        # Keys and values: (layers, 2, rows, heads, positions, head_dim). All tokens are read at once, as in training:
+        # what it costs is multiplying.
+        is_open = half_precision and model.device.type == "cpu" and model.dtype == torch.float32
+        in_bf16 = is_open and can_train_in_bf16(self.config.hidden_size)[0]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16):
+            encoded = model.speecht5.encoder(input_values=input_ids, attention_mask=attention_mask, return_dict=True)[0]
+            text = [torch.stack([layer.text_key(encoded), layer.text_value(encoded)]) for layer in self.layers]
+        num_rows, num_tokens, size = encoded.shape
+        self.heads, self.head_dim = self.config.decoder_attention_heads, size // self.config.decoder_attention_heads
+        text = torch.stack(text).to(encoded.dtype).unflatten(-1, (self.heads, self.head_dim))
+        self.text = text.transpose(3, 4).contiguous()
         self.past = encoded.new_empty(len(self.layers), 2, num_rows, self.heads, 0, self.head_dim)
-        self.text = encoded.new_empty(len(self.layers), 2, num_rows, self.heads, num_tokens, self.head_dim)
-        for layer, text in zip(self.layers, self.text):
-            for project, target in zip((layer.text_key, layer.text_value), text):
-                target.copy_(project(encoded).view(num_rows, num_tokens, self.heads, self.head_dim).transpose(1, 2))
+        self.frame = encoded.new_zeros(num_rows, self.config.num_mel_bins)
+        self.speakers = functional.normalize(speaker_embeddings.to(encoded)).expand(num_rows, -1)
         self.text_mask = None
         if not attention_mask.all():
             self.text_mask = encoded.new_zeros(num_rows, 1, 1, num_tokens)
@@ -245,7 +249,7 @@ class _Batch:
         return hidden, torch.stack(weights, 1)[:, :, :, 0] if weights else None
 
     def _linear(self, layer):
-        return _half(layer) if self.half_weights else layer
+        return _half(layer) if self.half_precision else layer
 
     @staticmethod
     def _moved(states, gaps, movers, num_rows):
