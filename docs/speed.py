@@ -131,7 +131,7 @@ def synthesize_table(name):
     """Returns a Markdown table of how fast a SpeechT5 speaks, beside stock generation."""
     cases = {"batch_1": "1 text", "batch_8": "8 texts", "batch_1_vocoder": "1 text, with HiFi-GAN",
              "batch_8_vocoder": "8 texts, with HiFi-GAN"}  # fmt: skip
-    lines = ["| at once | ours | ours, fp32 weights | stock | against stock | fp32 against stock |", "|---" * 6 + "|"]
+    lines = ["| at once | ours | ours in fp32 | stock | against stock | fp32 against stock |", "|---" * 6 + "|"]
     for case, arms in read(name)["summary"].items():
         speeds = [number(arms[arm]["median"]["times_real_time"]) for arm in ("ours", "ours_fp32", "stock")]
         ratios = [arms[arm]["ratio"]["stock"]["frames_per_s"]["median"] for arm in ("ours", "ours_fp32")]

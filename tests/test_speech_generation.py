@@ -5,6 +5,7 @@ import torch
 from transformers import SpeechT5Config, SpeechT5ForTextToSpeech
 
 from hfspeech.errors import UserError
+from hfspeech.modeling import speech_generation
 from hfspeech.modeling.speech_generation import generate_spectrograms, prenet_masks
 
 NUM_TOKENS = (9, 5, 7)
@@ -160,7 +161,9 @@ def test_no_row_is_longer_than_the_decoder_has_positions(batch):
     assert [len(one.spectrogram) for one in generate_spectrograms(model, **batch)] == [20] * 3
 
 
-def test_half_precision_are_nearly_the_same_and_follow_the_weights(batch):
+@pytest.mark.parametrize("reads_in_bf16", [False, True])
+def test_half_precision_is_nearly_the_same_and_follows_the_weights(batch, monkeypatch, reads_in_bf16):
+    monkeypatch.setattr(speech_generation, "can_train_in_bf16", lambda width: (reads_in_bf16, "as the test has it"))
     model = tiny_speecht5()
     model.speech_decoder_postnet.prob_out.bias.data.fill_(-100)
 
@@ -171,7 +174,7 @@ def test_half_precision_are_nearly_the_same_and_follow_the_weights(batch):
     before = spectrograms()
     exact = spectrograms(half_precision=False)
     assert_same(before, exact, tolerance=2e-2)
-    if torch.backends.quantized.engine in ("x86", "fbgemm"):
+    if reads_in_bf16 or torch.backends.quantized.engine in ("x86", "fbgemm"):
         assert not torch.equal(before, exact)
     for name, parameter in model.named_parameters():
         if "decoder" in name:

@@ -86,6 +86,19 @@ def test_hifigan_is_the_stock_model_row_by_row(hifigan):
         assert np.allclose(sound[:-unseen], waveform[:-unseen], atol=1e-5)
 
 
+def test_hifigan_in_bf16_sounds_the_same(hifigan):
+    folder, _ = hifigan
+    waveform = soundfile.read(RECORDINGS[0], dtype="float32")[0]
+    vocoder = load_vocoder(str(folder))
+    found = {}
+    for vocoder.in_bf16 in (False, True):
+        [found[vocoder.in_bf16]] = vocoder([log_mel(waveform)])
+    exact, rounded = found[False], found[True]
+    assert rounded.dtype == np.float32 and not np.array_equal(exact, rounded)
+    assert np.square(exact - rounded).sum() < 1e-3 * np.square(exact).sum()  # 30 dB below it
+    assert distance(log_mel(exact), log_mel(rounded)) < 0.02
+
+
 def test_bad_vocoders(hifigan, tmp_path):
     folder, model = hifigan
     with pytest.raises(UserError, match="There is no vocoder grifin_lim. Did you mean griffin_lim?"):

@@ -161,7 +161,8 @@ class _Batch:
         is_open = half_precision and model.device.type == "cpu" and model.dtype == torch.float32
         in_bf16 = is_open and can_train_in_bf16(self.config.hidden_size)[0]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16):
-            encoded = model.speecht5.encoder(input_values=input_ids, attention_mask=attention_mask, return_dict=True)[0]
+            outputs = model.speecht5.encoder(input_values=input_ids, attention_mask=attention_mask, return_dict=True)
+            encoded = outputs.last_hidden_state
             text = [torch.stack([layer.text_key(encoded), layer.text_value(encoded)]) for layer in self.layers]
         num_rows, num_tokens, size = encoded.shape
         self.heads, self.head_dim = self.config.decoder_attention_heads, size // self.config.decoder_attention_heads

@@ -115,8 +115,7 @@ class HifiGan:
     rows_at_once: how many. Together, the shorter rows are continued with their last frame, which a vocoder knows better
     than digital silence, and cut again: only the last frames that the convolutions see can differ from the row alone.
     On a CPU it is 1, where more are not faster.
-
-    A CPU multiplies in bf16 where that is faster; a GPU in fp32.
+    in_bf16: whether it multiplies in bf16, as a CPU does where that is faster; the difference is not to be heard.
     """
 
     sampling_rate = SAMPLING_RATE
