@@ -255,7 +255,7 @@ def test_check_tells_when_a_batch_cannot_be_learnt(tmp_path, capsys):
 
 def test_check_looks_over_batches_of_seconds_and_a_frozen_encoder(tmp_path, capsys):
     code, out, err = check(
-        tmp_path, capsys, "--max_batch_seconds", "40", "--freeze_encoder", "--full_window_share", "0"
+        tmp_path, capsys, "--max_batch_seconds", "40", "--freeze_encoder", "--encoder_window", "full"
     )
     assert code == 0, err
     rows, frames = map(int, re.search(r"features (\d+)×80×(\d+)", out).groups())
