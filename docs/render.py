@@ -12,7 +12,7 @@ from pathlib import Path
 
 import speed
 
-from hfspeech.publish import SPEECH_MEASURES, figure_text, percent, rate_text
+from hfspeech.publish import figure_text, percent, rate_text, speech_measures
 from hfspeech.publish.figures import figures, main_figure
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def synthesis_table(names):
         before, after = record.get("before") or {}, record["after"]
         ceiling = after["ceiling"]["vocoded"]
         lines = ["| test rows | before | after | recordings, vocoded |", "|---|---|---|---|"]
-        for title, measure, *form in SPEECH_MEASURES:
+        for title, measure, *form in speech_measures(after):
             cells = [figure_text(score, measure, *form) for score in (before, after, ceiling)]
             lines.append(f"| {title} | {cells[0]} | **{cells[1]}** | {cells[2]} |")
         stops = [percent(score["stop"]["ok"]) if score else "-" for score in (before, after)]
