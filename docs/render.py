@@ -86,6 +86,43 @@ def voice_table(name):
     )
 
 
+def vocoders_table(name):
+    """Returns a Markdown table of what is made of true spectrograms, and how the generator among it was trained."""
+    record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    lines = [
+        "| test rows | sound | words misheard | mel-cepstral distortion | log-mel distance | CPU seconds for one of sound |",
+        "|---|---|---|---|---|---|",
+    ]
+    titles = {"griffin_lim": "Griffin-Lim", "nano_hifigan": "nano HiFi-GAN"}
+    for folder, test in record["tests"].items():
+        lines.append(f"| {Path(folder).name} | recordings | {percent(test['recordings']['wer'])} | | | |")
+        for key, title in titles.items():
+            found = test[key]
+            mcd, distance = (
+                f"{found[measure]['mean']:.{digits}f} ± {1.96 * found[measure]['standard_error']:.{digits}f}"
+                for measure, digits in (("mcd", 2), ("log_mel_distance", 4))
+            )
+            lines.append(
+                f"| {Path(folder).name} | {title} | {rate_text(found)} | {mcd} dB | {distance} "
+                f"| {found['cpu_seconds_per_second']:.3f} |"
+            )
+    made, train = record["environment"], record["training"]
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                f"`{name}`: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, one thread of "
+                f"{made['hardware']['cpu']}, transformers {made['versions']['transformers']}. The generator has "
+                f"{train['parameters'] / 1e6:.2f} million parameters, and was trained for {train['steps']} steps in "
+                f"{train['cpu_seconds']:.0f} s. In brackets and after ± the 95 % interval over rows; log-mel distance is the "
+                "mean difference of log10 mel from the true spectrogram.",
+            ]
+        )
+        + "\n"
+    )
+
+
 def _line(title, before, after):
     return f"| {title} | {after['words']} | {rate_text(before)} | **{rate_text(after)}** |"
 
@@ -179,6 +216,7 @@ MAKERS = {
     "quality": speed.quality_table,
     "synthesize": speed.synthesize_table,
     "train_tts": speed.train_tts_table,
+    "vocoders": vocoders_table,
 }
 
 
