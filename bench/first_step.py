@@ -4,15 +4,22 @@
 
 Ours on 2,000 and on 20,000 utterances of 5 s, loaded and streamed, and the published way on 2,000. No arm evaluates
 anything before the first step. `--rival_rows 2000 20000` has the published way prepare the large corpus, too: that takes
-20 GB of disk and about ten times as long as the small one.
+20 GB of disk and about ten times as long as the small one. `imports alone` starts Python, imports the packages that every
+arm needs, and ends: no launch can be shorter.
 """
 
 import argparse
+import subprocess
+import sys
+import time
 from functools import partial
 
 from arms import add_common_flags, alternate, ours, print_table, rival, summarise, write_record
 from material import make_model, make_speech
 
+PACKAGES = (
+    "accelerate, datasets, peft, torch, transformers.models.whisper.modeling_whisper, transformers.trainer_seq2seq"
+)
 COLUMNS = [
     ("first_step_s", "first step, s", ".1f", 1, True),
     ("ready_s", "its batch, s", ".1f", 1, False),
@@ -30,6 +37,12 @@ def figures(timing):
         "disk_bytes": timing["disk_before_first_step_bytes"],
         "peak_rss_bytes": timing["peak_rss_bytes"]["all"],
     }
+
+
+def run_imports(folder, seed):
+    began = time.time()
+    subprocess.run([sys.executable, "-c", f"import {PACKAGES}"], check=True)
+    return {"first_step_s": time.time() - began, "disk_bytes": 0}
 
 
 def run_ours(folder, seed, *, model, data, streaming):
@@ -51,7 +64,7 @@ def main():
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
     model = make_model(args.work_dir / args.shape, args.shape)
-    arms = {}
+    arms = {"imports alone": run_imports}
     for rows in sorted({*args.rows, *args.rival_rows}):
         data = make_speech(args.work_dir / f"speech_{args.duration_s:g}s_{rows}", args.duration_s, rows)
         if rows in args.rows:
@@ -60,7 +73,7 @@ def main():
         if rows in args.rival_rows:
             arms |= {f"{arm} {rows}": partial(run_rival, arm, model=model, data=data) for arm in args.rivals}
     measurements = alternate(arms, args.rounds, args.work_dir)
-    references = [name for name in arms if not name.startswith("ours, ")]
+    references = [name for name in arms if not name.startswith(("ours, ", "imports"))]
     summary = summarise(measurements, [figure for figure, *_ in COLUMNS], references)
     print_table(f"launch to first step, {args.shape}, {args.duration_s:g} s", summary, COLUMNS, references)
     write_record(args.output, args, summary=summary, measurements=measurements)

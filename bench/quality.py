@@ -4,8 +4,8 @@
 
 Fine-tunes the same base with the same recipe for the same number of steps, once with every batch padded to the full
 window and once for each `full_window_share`, with several seeds, on each dataset. Every tuned model is then loaded and
-decoded by transformers alone: features padded to the full window, greedy `generate`. Rows joined to recordings longer
-than the window are cut in their pauses into pieces, padded to the full window, too (`hfspeech transcribe`), and go
+decoded by transformers alone: features padded to the full window, greedy `generate`. Rows joined to recordings too long
+for the model are cut in their pauses into pieces, padded to the full window, too (`hfspeech transcribe`), and go
 through transformers' own chunked pipeline. The difference to the padded runs comes with a bootstrap over seeds and
 rows: its 95th percentile has to stay under half a point.
 """
@@ -29,11 +29,10 @@ from hfspeech.arguments import DataArguments
 from hfspeech.data import load_split
 from hfspeech.inference import joined, transcribe
 from hfspeech.models.loading import quiet_transformers
-from hfspeech.runs import environment, read_json, write_json
+from hfspeech.runs import RUN_FILE, environment, read_json, write_json
 from hfspeech.text import normalizer
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "assets/nano_whisper"
 MARGIN = 0.005  # half a point of WER
 JOINED_ROWS, GAP_S = 5, 0.3  # rows in one long recording, and the silence between them
 NUM_RESAMPLES = 4000
@@ -46,10 +45,11 @@ def test_splits(dataset):
     return sorted(path.name for path in Path(dataset).iterdir() if path.name.startswith("test"))
 
 
-def train(dataset, arm, seed, output_dir, flags):
+def train(base, dataset, arm, seed, output_dir, flags):
     """Runs the recipe as a user does, in one process with one thread; returns its results."""
     command = [sys.executable, str(ROOT / "recipes/whisper_full/run.py"), str(ROOT / "bench/quality.yaml")]
-    command += ["--dataset_name", dataset, "--test_split_name", *test_splits(dataset), "--seed", str(seed)]
+    command += ["--model_name_or_path", str(base), "--dataset_name", dataset, "--seed", str(seed)]
+    command += ["--test_split_name", *test_splits(dataset)]
     command += ["--output_dir", str(output_dir), *arm, *flags]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
@@ -58,7 +58,7 @@ def train(dataset, arm, seed, output_dir, flags):
     return read_json(output_dir / "run.json")
 
 
-def stock_errors(model_dir, rows, long_recordings):
+def stock_errors(model_dir, rows, long_recordings, max_piece_s):
     """Decodes padded to the full window; returns [errors, words] of each row, and of each long recording, both ways."""
     torch.set_num_threads(1)
     model = WhisperForConditionalGeneration.from_pretrained(model_dir).eval()
@@ -72,10 +72,11 @@ def stock_errors(model_dir, rows, long_recordings):
         texts += processor.batch_decode(tokens, skip_special_tokens=True)
     pipeline = AutomaticSpeechRecognitionPipeline(
         model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor,
-        chunk_length_s=processor.feature_extractor.chunk_length,
+        chunk_length_s=max_piece_s,
     )  # fmt: skip
     chunked = pipeline([{"raw": r["waveform"], "sampling_rate": RATE} for r in long_recordings], batch_size=32)
-    cut = transcribe(model, processor, [r["waveform"] for r in long_recordings], 32, encoder_window="full")
+    waveforms = [recording["waveform"] for recording in long_recordings]
+    cut = transcribe(model, processor, waveforms, 32, max_piece_s, encoder_window="full")
     references = [recording["text"] for recording in long_recordings]
     return {
         "short": errors_and_words(texts, [row["text"] for row in rows]),
@@ -130,9 +131,11 @@ def difference(ours, padded, generator):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "assets/nano_whisper", help="the base, a folder")
     parser.add_argument("--dataset_name", nargs="+", default=["assets/flite_digits"])
     parser.add_argument("--full_window_share", nargs="+", type=float, default=[0.0, 0.02, 0.05, 0.1, 0.25])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--max_piece_s", type=float, default=5, help="of long recordings; longer rows are left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings that run at once, one thread each")
     parser.add_argument("--output", type=Path, required=True)
     args, flags = parser.parse_known_args()  # what is left goes to the recipe
@@ -141,26 +144,31 @@ def main():
     arms = {"padded": ["--encoder_window", "full"]}
     for share in args.full_window_share:
         arms[f"{share:g}"] = ["--encoder_window", "auto", "--full_window_share", str(share)]
-    record = {"environment": environment(), "margin": MARGIN, "seeds": args.seeds, "flags": flags, "datasets": {}}
+    window_s = WhisperProcessor.from_pretrained(args.model).feature_extractor.chunk_length
+    record = {"environment": environment(), "model": os.path.relpath(args.model, ROOT), "window_s": window_s}
+    if (args.model / RUN_FILE).exists():  # a base that was trained for this, and how
+        made = read_json(args.model / RUN_FILE)
+        record["base"] = {"environment": made["environment"], "test": made["after"]["wer"]}
+    record |= {"margin": MARGIN, "seeds": args.seeds, "flags": flags, "datasets": {}}
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for dataset in args.dataset_name:
-            entry = compare(dataset, arms, args.seeds, Path(work) / Path(dataset).name, pool, flags)
+            entry = compare(args, dataset, arms, Path(work) / Path(dataset).name, pool, flags)
             record["datasets"][Path(dataset).name] = entry
             write_json(args.output, record)
             print(table(record))
 
 
-def compare(dataset, arms, seeds, work, pool, flags):
+def compare(args, dataset, arms, work, pool, flags):
     """Trains every arm with every seed on one dataset, and returns the record of how they did."""
     tests = [load_split(DataArguments(dataset_name=[dataset]), split) for split in test_splits(dataset)]
-    window_s = WhisperProcessor.from_pretrained(BASE).feature_extractor.chunk_length
-    rows = [test[i] for test in tests for i in range(len(test)) if test[i]["duration_s"] <= window_s]
+    seeds = args.seeds
+    rows = [test[i] for test in tests for i in range(len(test)) if test[i]["duration_s"] <= args.max_piece_s]
     long_recordings = join_rows(rows)
 
     def run(arm, seed):
         folder = work / arm / str(seed)
-        results = train(dataset, arms[arm], seed, folder, flags)
-        found = stock_errors(folder, rows, long_recordings)
+        results = train(args.model, dataset, arms[arm], seed, folder, flags)
+        found = stock_errors(folder, rows, long_recordings, args.max_piece_s)
         shutil.rmtree(folder)
         print(f"{dataset} {arm} seed {seed}: {rate(found['short']):.4f} {rate(found['long']):.4f}", flush=True)
         unpadded = results["after"].get("unpadded", {}).get("wer")
@@ -168,7 +176,7 @@ def compare(dataset, arms, seeds, work, pool, flags):
 
     jobs = {(arm, seed): pool.submit(run, arm, seed) for seed in seeds for arm in arms}
     found = {key: job.result() for key, job in jobs.items()}
-    before = stock_errors(BASE, rows, long_recordings)
+    before = stock_errors(args.model, rows, long_recordings, args.max_piece_s)
     entry = {
         "rows": len(rows),
         "words": sum(words for _, words in before["short"]),

@@ -1,8 +1,9 @@
 """How long does it take from the launch to the same error rate on validation rows, beside the published way?
 
-    python bench/time_to_wer.py
+    python bench/time_to_wer.py                                  # the nano Whisper, whose window is 5 s
+    python bench/time_to_wer.py --model outputs/wide_whisper     # ... with one of 30 s (bench/wide_whisper.yaml)
 
-The nano Whisper that ships with the repository learns the digits of another synthesiser. Both arms take the same rows,
+It learns the digits of another synthesiser. Both arms take the same rows,
 the same number in each step, the same rates and the same number of steps, and evaluate equally often. The rate to reach
 is the highest of the arms' final ones, in each round; the time to it is that of the first evaluation that is no worse.
 Each arm is evaluated as its users would see it: the published way padded to the full window, ours as it is trained.
@@ -54,13 +55,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_flags(parser, "time_to_wer.json")
     parser.add_argument("--arms", nargs="*", choices=["ours", "B1", "B2"], default=["ours", "B1", "B2"])
+    parser.add_argument("--model", type=Path, default=BENCH.parent / "assets/nano_whisper")
     parser.add_argument("--dataset_name", type=Path, default=BENCH.parent / "assets/flite_digits")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--eval_steps", type=int, default=10)
     args = parser.parse_args()
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    common = {"model": BENCH.parent / "assets/nano_whisper", "data": args.dataset_name, "args": args}
+    common = {"model": args.model, "data": args.dataset_name, "args": args}
     known = {"ours": run_ours, "B1": partial(run_rival, "B1"), "B2": partial(run_rival, "B2")}
     measurements = alternate({name: partial(known[name], **common) for name in args.arms}, args.rounds, args.work_dir)
     for runs in zip(*measurements.values()):

@@ -55,16 +55,20 @@ def test_another_fault_is_not_taken_for_a_full_memory():
 
 
 @pytest.mark.parametrize(
-    "has_units, d_model, is_faster, words",
+    "has_amx, has_avx512_bf16, d_model, is_faster, words",
     [
-        (False, 1280, False, "without matrix units"),
-        (True, 128, False, "width 128"),
-        (True, 384, True, "has matrix units"),
-        (True, 1280, True, "has matrix units"),
+        (False, False, 1280, False, "without instructions"),
+        (True, False, 128, False, "width 128"),
+        (False, True, 128, False, "width 128"),
+        (True, False, 384, True, "has instructions"),
+        (False, True, 384, True, "has instructions"),
     ],
 )
-def test_bf16_on_a_cpu_is_for_matrix_units_and_wide_models(monkeypatch, has_units, d_model, is_faster, words):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+def test_bf16_on_a_cpu_is_for_its_instructions_and_wide_models(
+    monkeypatch, has_amx, has_avx512_bf16, d_model, is_faster, words
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
     found, sentence = can_train_in_bf16(d_model)
     assert found is is_faster and words in sentence
     assert sentence.startswith("bf16: " if is_faster else "fp32: no GPU")

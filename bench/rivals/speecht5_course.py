@@ -8,7 +8,7 @@ on text-to-speech, written anew from their documentation. It imports nothing of 
   4 rows a batch drawn at random and padded to its longest, 8 batches a step; gradient checkpointing; learning rate 1e-5
   after 500 warm-up steps. The course's fp16 is used on CUDA; a CPU has no fp16 training, and trains in fp32.
 - **B2**, the same procedure tuned by somebody who knows it: no checkpointing, 32 rows in one batch, rows read as numpy
-  arrays by a worker process and prepared by one process for each core, bf16 on CUDA and on a CPU with matrix units for it.
+  arrays by a worker process and prepared by one process for each core, bf16 on CUDA and on a CPU with instructions for it.
 - **B2_by_length**: B2 with the Trainer's own batches of rows of like length, `group_by_length`.
 
 What the library does by itself stays: guided attention with every attention weight made by hand, a tenth of the layers
@@ -123,7 +123,8 @@ def main():
     if options.arm == "B1":
         precision = {"fp16": cuda}
     else:
-        precision = {"bf16": cuda or torch.cpu._is_amx_tile_supported(), "tf32": cuda or None}
+        is_fast = cuda or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        precision = {"bf16": is_fast, "tf32": cuda or None}
     trainer = Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(

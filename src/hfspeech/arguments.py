@@ -352,10 +352,10 @@ class WhisperTrainingArguments(SpeechTrainingArguments):
     """`SpeechTrainingArguments` and what only a Whisper has: a window."""
 
     encoder_window: str = field(
-        default="full",
+        default="auto",
         metadata={
-            "help": "Seconds that the encoder is given in training: always its full window, or what a batch needs, "
-            "which is several times faster for short utterances; docs/performance.md says what it costs.",
+            "help": "Seconds that the encoder is given in training: what a batch needs (auto), or always its full window, "
+            "which is several times slower for short utterances; docs/performance.md compares the models.",
             "choices": ["auto", "full"],
         },
     )

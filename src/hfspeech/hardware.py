@@ -12,15 +12,16 @@ MEMORY_SHARE = 0.9
 
 
 def can_train_in_bf16(d_model):
-    """Tells whether a CPU trains a Whisper of this width faster in bf16, and why: (bool, sentence).
+    """Tells whether a CPU trains a model of this width faster in bf16, and why: (bool, sentence).
 
-    CPUs with matrix units for it (Intel's AMX) do from whisper-tiny's width on; `docs/performance.md` has the figures.
+    CPUs with matrix units (Intel's AMX) or dot products (AVX512_BF16) for it do from whisper-tiny's width on;
+    `docs/performance.md` has the figures.
     """
-    if not torch.cpu._is_amx_tile_supported():
-        return False, "fp32: no GPU, and a CPU without matrix units for bf16"
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return False, "fp32: no GPU, and a CPU without instructions for bf16"
     if d_model < LEAST_BF16_WIDTH:
         return False, f"fp32: no GPU, and a model of width {d_model} gains nothing by bf16 on a CPU"
-    return True, "bf16: the CPU has matrix units for it"
+    return True, "bf16: the CPU has instructions for it"
 
 
 def keep_freed_memory():
