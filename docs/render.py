@@ -12,7 +12,7 @@ from pathlib import Path
 
 import speed
 
-from hfspeech.publish import SPEECH_MEASURES, figure_text, percent, rate_text
+from hfspeech.publish import figure_text, percent, rate_text, speech_measures
 from hfspeech.publish.figures import figures, main_figure
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def synthesis_table(names):
         before, after = record.get("before") or {}, record["after"]
         ceiling = after["ceiling"]["vocoded"]
         lines = ["| test rows | before | after | recordings, vocoded |", "|---|---|---|---|"]
-        for title, measure, *form in SPEECH_MEASURES:
+        for title, measure, *form in speech_measures(after):
             cells = [figure_text(score, measure, *form) for score in (before, after, ceiling)]
             lines.append(f"| {title} | {cells[0]} | **{cells[1]}** | {cells[2]} |")
         stops = [percent(score["stop"]["ok"]) if score else "-" for score in (before, after)]
@@ -83,6 +83,43 @@ def voice_table(name):
         )
     return (
         "\n".join([*lines, "", f"`{name}`; in brackets the least and the most over the seeds.", "", *origins]) + "\n"
+    )
+
+
+def vocoders_table(name):
+    """Returns a Markdown table of what is made of true spectrograms, and how the generator among it was trained."""
+    record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    lines = [
+        "| test rows | sound | words misheard | mel-cepstral distortion | log-mel distance | CPU seconds for one of sound |",
+        "|---|---|---|---|---|---|",
+    ]
+    titles = {"griffin_lim": "Griffin-Lim", "nano_hifigan": "nano HiFi-GAN"}
+    for folder, test in record["tests"].items():
+        lines.append(f"| {Path(folder).name} | recordings | {percent(test['recordings']['wer'])} | | | |")
+        for key, title in titles.items():
+            found = test[key]
+            mcd, distance = (
+                f"{found[measure]['mean']:.{digits}f} ± {1.96 * found[measure]['standard_error']:.{digits}f}"
+                for measure, digits in (("mcd", 2), ("log_mel_distance", 4))
+            )
+            lines.append(
+                f"| {Path(folder).name} | {title} | {rate_text(found)} | {mcd} dB | {distance} "
+                f"| {found['cpu_seconds_per_second']:.3f} |"
+            )
+    made, train = record["environment"], record["training"]
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                f"`{name}`: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, one thread of "
+                f"{made['hardware']['cpu']}, transformers {made['versions']['transformers']}. The generator has "
+                f"{train['parameters'] / 1e6:.2f} million parameters, and was trained for {train['steps']} steps in "
+                f"{train['cpu_seconds']:.0f} s. In brackets and after ± the 95 % interval over rows; log-mel distance is the "
+                "mean difference of log10 mel from the true spectrogram.",
+            ]
+        )
+        + "\n"
     )
 
 
@@ -179,6 +216,7 @@ MAKERS = {
     "quality": speed.quality_table,
     "synthesize": speed.synthesize_table,
     "train_tts": speed.train_tts_table,
+    "vocoders": vocoders_table,
 }
 
 

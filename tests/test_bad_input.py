@@ -357,6 +357,7 @@ def test_adapter_targets_that_match_nothing(refusal):
         ("speecht5_full", ["--asr_model_name_or_path", NANO_SPEECHT5], "not a Whisper"),
         ("speecht5_full", ["--speaker_encoder", "speechbrain/spkrec-xvect-voxceleb"], "pip install speechbrain"),
         ("speecht5_full", ["--speaker_encoder", NANO], "WavLM"),
+        ("speecht5_full", ["--mos_model", "squin"], "Did you mean squim?"),
         ("speecht5_full", ["--streaming", "true"], "leave --streaming out"),
         ("speecht5_full", ["--speakers", "awb"], "has no row of --speakers awb; it has: slt"),
         ("speecht5_full", ["--speaker_embeddings_file", "voices.npy"], "There is no file voices.npy"),
@@ -366,6 +367,14 @@ def test_adapter_targets_that_match_nothing(refusal):
 )
 def test_speecht5_refuses_in_one_sentence(refusal, recipe, flags, message):
     assert message in refusal(*QUICK, *flags, recipe=recipe, data=VOICE)
+
+
+def test_an_opinion_whose_weights_cannot_be_had(refusal, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing listens
+    message = refusal("--mos_model", "squim", recipe="speecht5_full", data=VOICE)
+    assert "--mos_model squim cannot be had" in message and "leave it out" in message
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_a_flag_without_a_command():

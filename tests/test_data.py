@@ -751,6 +751,8 @@ def test_rows_of_some_speakers_only(tmp_path):
     assert {name for rows in speech.values() for name in rows.column("speaker")} == {"bob"}
     dropped = speech.account["splits"]["train"]["dropped"]
     assert dropped == {"another speaker": {"count": 4, "example": "row 1, train_0.flac: ann"}}
+    few = load_speech(arguments(tmp_path, speakers=["bob"], max_train_samples=3))  # three of bob's
+    assert few["train"].column("id") == speech["train"].column("id")[:3]
     with pytest.raises(UserError, match="has no row of --speakers bop; it has: ann, bob. Did you mean"):
         load_speech(arguments(tmp_path, speakers=["bop"]))
     with pytest.raises(UserError, match="leave --streaming out"):

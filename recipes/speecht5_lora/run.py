@@ -14,6 +14,7 @@ from hfspeech.errors import explain_errors
 from hfspeech.inference import Listener
 from hfspeech.metrics import SynthesisScore
 from hfspeech.models.lora import add_lora
+from hfspeech.models.opinion import load_mos_model
 from hfspeech.models.speecht5 import load_speecht5
 from hfspeech.models.vocoders import load_vocoder
 from hfspeech.publish import publish
@@ -42,9 +43,12 @@ def main():
     encoder = load_speaker_encoder(model_args.speaker_encoder)
     voices = find_voices(speech, model_args, encoder)
 
-    # Judges: a Whisper that writes down what it hears, and an ear for voices.
+    # Judges: a Whisper that writes down what it hears, an ear for voices, and a listener's opinion if asked for.
     listener = Listener(model_args.asr_model_name_or_path, model_args.asr_language or model_args.language)
-    score = SynthesisScore(listener, encoder, data_args.group_columns, train_args.normalizer, model_args.language)
+    opinion = load_mos_model(model_args.mos_model)
+    score = SynthesisScore(
+        listener, encoder, data_args.group_columns, train_args.normalizer, model_args.language, opinion
+    )
 
     # Trainer: the ordinary Seq2SeqTrainer, plus length bucketing, a loss that is right and a record of the run.
     trainer = SpeechT5Trainer(

@@ -202,6 +202,12 @@ class SpeechT5Arguments:
         default="openai/whisper-base", metadata={"help": "Whisper that listens to what is synthesised."}
     )
     asr_language: str = field(default=None, metadata={"help": "Language that it hears. Default: that of the text."})
+    mos_model: str = field(
+        default=None,
+        metadata={
+            "help": "What estimates a mean opinion score: squim (not for commercial use), or a file of its weights."
+        },
+    )
     load_in_8bit: bool = field(
         default=False, metadata={"help": "Hold the frozen model in 8 bits under LoRA (CUDA and bitsandbytes)."}
     )

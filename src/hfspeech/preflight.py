@@ -30,6 +30,7 @@ from .metrics import SynthesisScore, TranscriptScore
 from .modeling.whisper import decoder_input_ids
 from .models.loading import base_of, enough_memory, quiet_transformers
 from .models.lora import add_lora
+from .models.opinion import load_mos_model
 from .models.speecht5 import load_speecht5
 from .models.vocoders import load_vocoder
 from .models.whisper import load_whisper
@@ -230,6 +231,7 @@ class _SpeechT5:
     def trainer(self, speech):
         model_args, data_args = self.model_args, self.data_args
         listener = Listener(model_args.asr_model_name_or_path, model_args.asr_language or model_args.language)
+        opinion = load_mos_model(model_args.mos_model)
         groups, normalizer = data_args.group_columns, self.train_args.normalizer
         config = base_of(self.model).config
         return SpeechT5Trainer(
@@ -240,7 +242,7 @@ class _SpeechT5:
             data_collator=SpeechT5Collator(
                 self.processor, self.front_end, self.voices, config, data_args.on_bad_audio
             ),
-            compute_metrics=SynthesisScore(listener, self.encoder, groups, normalizer, model_args.language),
+            compute_metrics=SynthesisScore(listener, self.encoder, groups, normalizer, model_args.language, opinion),
             processing_class=self.processor,
             vocoder=load_vocoder(model_args.vocoder),
         )

@@ -22,6 +22,7 @@ from hfspeech.data.rows import (
     find_columns,
     is_audio,
     read_rows,
+    rows_with,
     undecoded,
 )
 from hfspeech.data.sources import open_source
@@ -231,6 +232,9 @@ class _Loader:
                 parts.append(None)
                 continue
             rows, folder, columns = found[id(source)]
+            data_args = self.data_args
+            if flag.startswith("--retention"):  # the old condition has speakers of its own
+                data_args = dataclasses.replace(data_args, speakers=None)
             if self.data_args.streaming:
                 shards = shards_of(rows, columns.audio, f"{source.name}, {split}")
                 rows, _ = first_rows(shards, max_samples or EVAL_ROWS)
@@ -240,10 +244,7 @@ class _Loader:
                         "set another number with --max_eval_samples and --max_test_samples."
                     )
             elif max_samples is not None:
-                rows = rows.select(range(min(max_samples, len(rows))))
-            data_args = self.data_args
-            if flag.startswith("--retention"):  # the old condition has speakers of its own
-                data_args = dataclasses.replace(data_args, speakers=None)
+                rows = rows.select(range(rows_with(max_samples, data_args.speakers, rows, columns)))
             dropped = self.dropped(key)
             parts.append(read_rows(rows, folder, columns, self.filters, data_args, source.name, split, dropped))
         return parts

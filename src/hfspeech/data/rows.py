@@ -386,6 +386,14 @@ def read_rows(raw, folder, columns, filters, data_args, dataset_name, split, dro
     return rows.select(kept)
 
 
+def rows_with(count, speakers, raw, columns):
+    """Returns how many rows from the first on hold `count` rows of these speakers (None: of any), or all there are."""
+    if not (speakers and columns.speaker):
+        return min(count, len(raw))
+    numbers = [n for n, speaker in enumerate(_strings(raw[columns.speaker][:]), 1) if speaker in speakers]
+    return [0, *numbers][count] if count <= len(numbers) else len(raw)
+
+
 def _check_speakers(wanted, speakers, column, where):
     """Refuses --speakers where none of them speaks."""
     there = sorted({speaker for speaker in speakers if speaker})

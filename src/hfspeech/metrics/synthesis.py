@@ -1,7 +1,8 @@
 """Objective measures of synthesised speech, each beside the true recording of the same words.
 
 They say whether the words can be heard (by a recogniser), whether the sound and the melody are those of the recording,
-whose voice it is, and whether the model stopped where it should. None of them says how natural it sounds: listen.
+whose voice it is, and whether the model stopped where it should. How natural it sounds only a model of listeners
+guesses, where one is given: listen.
 """
 
 import hashlib
@@ -44,15 +45,17 @@ class SynthesisScore:
         name: text normaliser, as in `hfspeech.text.normalizer`; `auto` follows the language. `english` has no table of
             British spellings here.
         language: of the text; only `auto` looks at it.
+        rate: callable from a list of waveforms and a list of as many true recordings of other words to their mean
+            opinion scores, such as `hfspeech.models.opinion.Squim`; None for none.
 
     Calling it takes a list of rows, dicts with `index`, `text` (what was to be said), perhaps `speaker` and the group
     columns, `is_unfinished` (synthesis reached its bound), and three waveforms: `waveform` (synthesised), `reference`
     (the true recording of the text) and `vocoded` (the true recording's spectrogram through the vocoder).
 
     The rows are changed, so that they can be written as JSON: the waveforms are taken out, `prediction` (what was
-    heard) and the row's own `mcd`, `log_f0_rmse`, `speaker_similarity`, `duration_ratio` and `stop` are put in.
-    Synthesised sound that is empty, zero or not finite is heard as "" and has no `mcd`, `log_f0_rmse` and
-    `speaker_similarity` (None).
+    heard) and the row's own `mcd`, `log_f0_rmse`, `speaker_similarity`, `duration_ratio`, `stop` and, with `rate`,
+    `mos` are put in. Synthesised sound that is empty, zero or not finite is heard as "" and has no `mcd`,
+    `log_f0_rmse`, `speaker_similarity` and `mos` (None).
 
     Returns:
         All that `hfspeech.metrics.score` returns for what was heard, and
@@ -60,26 +63,28 @@ class SynthesisScore:
         - `mcd` (dB, see `mel_cepstral_distortion`), `log_f0_rmse` (see there), `speaker_similarity` (cosine of the
           embeddings of the synthesised and the true recording) and `duration_ratio` (seconds of the synthesised
           sound, silence included, per second of the true recording's speech): means over the rows that have the
-          number, each with `_low` and `_high`, resampled as the error rates are (`interval` says over what);
+          number, each with `_low` and `_high`, resampled as the error rates are (`interval` says over what); with
+          `rate`, `mos` (1 to 5) in the same way, each row held against the true recording of the next;
         - `measured_rows`: measure → how many rows have it; the others are left out of its mean;
         - `stop`: `ok`, `early`, `late`, `never` → share of the rows (see `stop_health`);
         - `repeated_words`, `skipped_words`: counts over all rows (see `repeated_and_skipped`);
         - the same for every value in `groups`;
         - `ceiling`: what the same recogniser hears when nothing was synthesised: `recordings` → `wer`, `cer` of the
           true recordings; `vocoded` → `wer`, `cer`, `mcd`, `speaker_similarity` of their vocoded spectrograms. A
-          perfect spectrogram scores like `vocoded`. These depend on the rows alone and are remembered by the
-          waveforms' bytes: the next call with the same rows recognises and embeds only what is new.
+          perfect spectrogram scores like `vocoded`. With `rate`, both have their `mos`. These depend on the rows alone and
+          are remembered by the waveforms' bytes: the next call with the same rows recognises and embeds only what is new.
 
     Raises:
         UserError: as `score`; a true recording has no sound.
     """
 
-    def __init__(self, recognise, embed, group_columns=None, name="auto", language="en"):
-        self.recognise, self.embed = recognise, embed
+    def __init__(self, recognise, embed, group_columns=None, name="auto", language="en", rate=None):
+        self.recognise, self.embed, self.rate = recognise, embed, rate
+        self.measures = MEASURES + ("mos",) * (rate is not None)
         self.group_columns = group_columns or []
         self.normalizer = normalizer_named(name, language)
         self._known = {}  # of true and vocoded recordings, by their bytes: the text heard, and the embedding
-        self._known_mcd = {}  # of pairs of them
+        self._known_mcd, self._known_mos = {}, {}  # of pairs of them
 
     def __call__(self, rows):
         sounds = [{key: _mono(row[key]) for key in ("waveform", "reference", "vocoded")} for row in rows]
@@ -101,6 +106,10 @@ class SynthesisScore:
             row["stop"] = stop_health(seconds, speech_s, row["is_unfinished"])
             for key in sound:
                 del row[key]
+        others = [sound["reference"] for sound in sounds[1:] + sounds[:1]]
+        if self.rate:
+            for row, mos in zip(rows, self._opinions([sound["waveform"] for sound in sounds], others)):
+                row["mos"] = mos
 
         texts, speakers = [row["text"] for row in rows], [row.get("speaker") for row in rows]
         result = score(
@@ -113,11 +122,11 @@ class SynthesisScore:
         words = [
             repeated_and_skipped(self.normalizer(row["prediction"]), self.normalizer(row["text"])) for row in rows
         ]
-        result |= _measures(rows, words, speakers)
+        result |= _measures(rows, words, speakers, self.measures)
         for column, values in result["groups"].items():
             for value, numbers in rows_by_value([row.get(column) for row in rows]).items():
                 chosen = ([of_row[number] for number in numbers] for of_row in (rows, words, speakers))
-                values[value] |= _measures(*chosen)
+                values[value] |= _measures(*chosen, self.measures)
         result["ceiling"] = {
             "recordings": self._rates(true, texts),
             "vocoded": {
@@ -126,15 +135,16 @@ class SynthesisScore:
                 "speaker_similarity": _mean([_cosine(voice, other) for (_, voice), (_, other) in zip(vocoded, true)]),
             },
         }
+        if self.rate:
+            for name, key in (("recordings", "reference"), ("vocoded", "vocoded")):
+                result["ceiling"][name]["mos"] = _mean(self._remembered_mos([sound[key] for sound in sounds], others))
         return result
 
     def _perceive(self, waveforms):
         """Returns (text, embedding) for every waveform; ("", None) where there is no sound."""
         result = [("", None)] * len(waveforms)
-        audible = [number for number, waveform in enumerate(waveforms) if waveform.any()]
+        audible, sounds = _audible(waveforms)
         if audible:
-            shortest = round(MIN_HEARD_S * SAMPLING_RATE)
-            sounds = [np.pad(waveforms[i], (0, max(shortest - len(waveforms[i]), 0))) for i in audible]
             voices = self.embed(sounds).float().cpu().numpy()
             for number, text, voice in zip(audible, self.recognise(sounds), voices, strict=True):
                 result[number] = text, voice
@@ -145,6 +155,21 @@ class SynthesisScore:
         new = {key: waveform for key, waveform in zip(keys, waveforms) if key not in self._known}
         self._known.update(zip(new, self._perceive(list(new.values()))))
         return [self._known[key] for key in keys]
+
+    def _opinions(self, waveforms, others):
+        """Returns the mean opinion score of every waveform, held against another; None where there is no sound."""
+        result = [None] * len(waveforms)
+        audible, sounds = _audible(waveforms)
+        for number, mos in zip(audible, self.rate(sounds, [others[i] for i in audible]), strict=True):
+            result[number] = mos
+        return result
+
+    def _remembered_mos(self, waveforms, others):
+        pairs = {(_key(waveform), _key(other)): (waveform, other) for waveform, other in zip(waveforms, others)}
+        new = {keys: pair for keys, pair in pairs.items() if keys not in self._known_mos}
+        if new:
+            self._known_mos.update(zip(new, self._opinions(*zip(*new.values()))))
+        return [self._known_mos[_key(waveform), _key(other)] for waveform, other in zip(waveforms, others)]
 
     def _mcd_of(self, waveform, reference):
         pair = _key(waveform), _key(reference)
@@ -390,17 +415,17 @@ def repeated_and_skipped(prediction, reference):
     return repeated, skipped
 
 
-def _measures(rows, words, speakers):
+def _measures(rows, words, speakers, measures):
     """Means with their intervals, stops and words of some rows, from the rows' own numbers."""
-    known = np.array([[row[measure] is not None for measure in MEASURES] for row in rows])
-    values = np.array([[row[measure] or 0.0 for measure in MEASURES] for row in rows])
+    known = np.array([[row[measure] is not None for measure in measures] for row in rows])
+    values = np.array([[row[measure] or 0.0 for measure in measures] for row in rows])
     counts = np.stack([values, known], axis=2).reshape(len(rows), -1)  # a value and whether there is one, in turn
     result = {}
-    for measure, (mean, low, high) in zip(MEASURES, ratios(counts, speakers)[0]):
+    for measure, (mean, low, high) in zip(measures, ratios(counts, speakers)[0]):
         result |= {measure: mean, f"{measure}_low": low, f"{measure}_high": high}
     return {
         **result,
-        "measured_rows": dict(zip(MEASURES, known.sum(axis=0).tolist())),
+        "measured_rows": dict(zip(measures, known.sum(axis=0).tolist())),
         "stop": {stop: sum(row["stop"] == stop for row in rows) / len(rows) for stop in STOPS},
         "repeated_words": sum(repeated for repeated, _ in words),
         "skipped_words": sum(skipped for _, skipped in words),
@@ -425,6 +450,13 @@ def _speech_span(waveform):
         return 0, len(waveform)
     first, last = np.flatnonzero(runs)[[0, -1]]
     return int(first) * HOP, min((int(last) + 4) * HOP, len(waveform))  # the last frame of the run, which has two hops
+
+
+def _audible(waveforms):
+    """Returns the numbers of the waveforms in which there is sound, and these, none shorter than can be heard."""
+    audible = [number for number, waveform in enumerate(waveforms) if waveform.any()]
+    shortest = round(MIN_HEARD_S * SAMPLING_RATE)
+    return audible, [np.pad(waveforms[i], (0, max(shortest - len(waveforms[i]), 0))) for i in audible]
 
 
 def _speech(waveform):

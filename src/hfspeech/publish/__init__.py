@@ -5,17 +5,17 @@ from pathlib import Path
 from hfspeech.models.loading import base_of
 from hfspeech.publish.push import push_at_end
 from hfspeech.publish.tables import (
-    SPEECH_MEASURES,
     example_lines,
     figure_text,
     percent,
     rate_text,
     result_table,
+    speech_measures,
     where_it_lies,
 )
 from hfspeech.runs import replacing_files, writing
 
-__all__ = ["SPEECH_MEASURES", "figure_text", "percent", "publish", "rate_text"]
+__all__ = ["figure_text", "percent", "publish", "rate_text", "speech_measures"]
 
 
 def publish(trainer, speech):

@@ -10,7 +10,7 @@ from pathlib import Path
 from hfspeech import arguments
 from hfspeech.models.speecht5 import SPEAKERS_FILE
 from hfspeech.publish.facts import Facts, last_name
-from hfspeech.publish.tables import MOST_GROUPS, SPEECH_MEASURES, figure_text, percent, rate_text, shown_groups
+from hfspeech.publish.tables import MOST_GROUPS, figure_text, percent, rate_text, shown_groups, speech_measures
 from hfspeech.runs import RUN_FILE, SAMPLES_FOLDER, commit_of, writing
 
 CARD_FILE = "README.md"
@@ -125,7 +125,7 @@ def _speech_results(facts):
     before, after = facts.record.get("before") or {}, facts.record["after"]
     ceiling = after["ceiling"]
     table = ["| test rows | before | after | recordings, vocoded |", "|---|---|---|---|"]
-    for title, name, *form in SPEECH_MEASURES:
+    for title, name, *form in speech_measures(after):
         cells = [figure_text(score, name, *form) for score in (before, after, ceiling["vocoded"])]
         table += [f"| {title} | {cells[0]} | **{cells[1]}** | {cells[2]} |"]
     for title, name in (("stops where it should", "ok"), ("never stops", "never")):
@@ -146,9 +146,21 @@ def _speech_results(facts):
             f"their words are misheard, and {percent(ceiling['vocoded']['wer'])} where their spectrograms go through the "
             f"vocoder `{facts.settings['vocoder']}`, as those of a perfect model would. Of the {after['words']} words of "
             f"{after['rows']} rows it repeated {after['repeated_words']} and left out {after['skipped_words']}.",
+            *_opinion(facts.settings, ceiling),
             *_left_groups(after),
         ]
     )
+
+
+def _opinion(settings, ceiling):
+    if "mos" not in ceiling["recordings"]:
+        return []
+    true, vocoded = (figure_text(ceiling[name], "mos", "", 1, 2) for name in ("recordings", "vocoded"))
+    return [
+        "",
+        f"The mean opinion scores, from 1 to 5, are guesses of the model `{settings['mos_model']}` and not people's. It gives "
+        f"the true recordings {true}, and vocoded {vocoded}.",
+    ]
 
 
 def _group_lines(before, after):

@@ -53,13 +53,19 @@ SPEECH_MEASURES = (
     ("log-F0 error", "log_f0_rmse", "", 1, 3),
     ("speaker similarity", "speaker_similarity", "", 1, 3),
     ("seconds, against the recording's", "duration_ratio", "", 1, 2),
+    ("mean opinion score, estimated", "mos", "", 1, 2),
 )
+
+
+def speech_measures(score):
+    """Returns those of `SPEECH_MEASURES` that a score has: an opinion is only asked for where a run says so."""
+    return [measure for measure in SPEECH_MEASURES if measure[1] in score]
 
 
 def _speech_lines(before, after):
     lines = [("test", "before", "after", "recordings, vocoded")]
     ceiling = after["ceiling"]["vocoded"]
-    for title, name, *form in SPEECH_MEASURES:
+    for title, name, *form in speech_measures(after):
         best = figure_text(ceiling, name, *form)
         lines.append((title, figure_text(before, name, *form), figure_text(after, name, *form), best))
     stops = ["-" if not score else percent(score["stop"]["ok"]) for score in (before, after)]

@@ -39,7 +39,7 @@ class SpeechT5Trainer(SpeechTrainer):
     """
 
     may_be_sharded = False  # the postnet's running statistics would be those of one process
-    logged = ("loss", "l1", "stop_loss", "guided", "wer", "cer", "mcd", "speaker_similarity")
+    logged = ("loss", "l1", "stop_loss", "guided", "wer", "cer", "mcd", "speaker_similarity", "mos")
 
     def __init__(
         self, model, args, train_dataset, eval_dataset, data_collator, compute_metrics, processing_class, vocoder
@@ -147,10 +147,11 @@ class SpeechT5Trainer(SpeechTrainer):
         draw_speech(folder / f"0_{when}.png", spoken[0], tokens, f"{texts[0]}, {when} training")
 
     def other_models(self):
-        listener, encoder = (getattr(self.compute_metrics, name, None) for name in ("recognise", "embed"))
+        judges = {"speaker_encoder": "embed", "asr_model": "recognise", "mos_model": "rate"}
+        models = {role: getattr(self.compute_metrics, name, None) for role, name in judges.items()}
         return {
             role: identify(model.name, commit=model.hub_commit)
-            for role, model in (("vocoder", self.vocoder), ("speaker_encoder", encoder), ("asr_model", listener))
+            for role, model in {"vocoder": self.vocoder, **models}.items()
             if hasattr(model, "hub_commit")
         }
 
