@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything asks the Hub; tests of the Hub bring their own
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
 
 ROOT = Path(__file__).parent.parent
 NANO = ROOT / "assets/nano_whisper"

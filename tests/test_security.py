@@ -77,7 +77,7 @@ def calls(path):
 def test_no_source_runs_what_it_reads(path):
     for name, given in calls(path):
         assert given.get("trust_remote_code", False) is False, name
-        assert name not in CODE_NAMES
+        assert name not in CODE_NAMES or (name == "torch.load" and given.get("weights_only") is True)
         assert name != "np.load" or given.get("allow_pickle") is False
         if name.endswith(".from_pretrained") and (ROOT / "src") in path.parents:
             owner = name.removesuffix(".from_pretrained").split(".")[-1]
