@@ -3,13 +3,16 @@
     apt-get install flite
     python assets/flite_digits/make.py --output_dir digits --num_train 500
     python assets/flite_digits/make.py --output_dir voice --clean --voices slt --num_train 200
+    python assets/flite_digits/make.py --output_dir crowd --clean --voices rms awb --factors 0.8 1 1.25 --num_train 2000
 
 One voice speaks in the test split only: its rows have the condition `new voice`, all others `seen voice`. With `--clean`
 the recordings are as a voice is recorded to be synthesised: one rate and pitch, no noise, no silence around the words.
+`--factors` makes several speakers of each voice, as smaller and larger people would speak: pitch and formants times each.
 """
 
 import argparse
 import csv
+import itertools
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
+from torchaudio.functional import resample
 
 SAMPLING_RATE = 16000
 MAX_DURATION_S = 4.85  # the nano Whisper hears 5 s
@@ -86,16 +91,19 @@ def make_row(folder, split, number, seed, new_voice):
     return file_name, text, voice, f"{len(audio) / SAMPLING_RATE:.3f}", condition
 
 
-def make_clean_row(folder, split, number, seed, voices):
-    """Writes one utterance of one of the voices, as it is without any variation, and returns its metadata row."""
+def make_clean_row(folder, split, number, seed, speakers):
+    """Writes one utterance of one of the speakers, (voice, factor), without any variation; returns its metadata row."""
     rng = np.random.default_rng([seed, ["train", "validation", "test"].index(split), number])
-    text, voice = draw_text(rng, split), voices[number % len(voices)]
-    audio = speak(text, voice, 1.0, NATURAL_F0_HZ[voice])
+    text, (voice, factor) = draw_text(rng, split), speakers[number % len(speakers)]
+    audio = speak(text, voice, factor, NATURAL_F0_HZ[voice])
+    if factor != 1:  # played faster, and spoken as much slower
+        audio = resample(torch.from_numpy(audio), round(factor * SAMPLING_RATE), SAMPLING_RATE).numpy()
     loud = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
     audio = audio[max(loud[0] - EDGE, 0) : loud[-1] + EDGE]
     audio *= PEAK / np.abs(audio).max()
     file_name = write_opus(folder, number, audio, CLEAN_COMPRESSION_LEVEL)
-    return file_name, text, voice, f"{len(audio) / SAMPLING_RATE:.3f}"
+    speaker = voice if factor == 1 else f"{voice} x {factor:g}"
+    return file_name, text, speaker, f"{len(audio) / SAMPLING_RATE:.3f}"
 
 
 def write_opus(folder, number, audio, compression_level):
@@ -118,6 +126,9 @@ def main():
     parser.add_argument(
         "--voices", nargs="+", choices=NATURAL_F0_HZ, default=["slt"], help="voices of clean recordings"
     )
+    parser.add_argument(
+        "--factors", nargs="+", type=float, default=[1.0], help="of pitch and formants of clean recordings"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if shutil.which("flite") is None:
@@ -134,7 +145,8 @@ def main():
         header = ("file_name", "text", "speaker", "duration", "condition")
         if args.clean:
             header = header[:4]
-            rows = [make_clean_row(folder, split, number, args.seed, args.voices) for number in range(len(flags))]
+            speakers = list(itertools.product(args.voices, args.factors))
+            rows = [make_clean_row(folder, split, number, args.seed, speakers) for number in range(len(flags))]
         else:
             rows = [make_row(folder, split, number, args.seed, flag) for number, flag in enumerate(flags)]
         with open(folder / "metadata.csv", "w", newline="") as file:
