@@ -4,7 +4,8 @@
     python bench/voice.py --model outputs/speecht5_demo --dataset_name assets/flite_voice --name lora
 
 Speaks the test rows of a dataset with several seeds of the decoder's dropout, which stays on in synthesis, and scores each
-as training does (`SynthesisScore`), heard by pocketsphinx with a grammar of digits. The record gains an entry.
+as training does (`SynthesisScore`), heard by pocketsphinx with a grammar of digits. Where several speakers speak, it also
+counts how often the voice that was asked for is the nearest of them all (`identified`). The record gains an entry.
 """
 
 import argparse
@@ -34,8 +35,15 @@ FIGURES = ("wer", "cer", "mcd", "log_f0_rmse", "speaker_similarity", "duration_r
 BATCH = 16
 
 
-def score_of(model, processor, batches, vocoder, score, seed):
-    """Speaks all batches with one seed and returns what `SynthesisScore` finds."""
+def identified(waveforms, names, speakers, encoder):
+    """Returns for each waveform whether, of all voices that occur in `names`, it lies nearest to the one it is to have."""
+    candidates = sorted(set(names))
+    similarity = encoder(waveforms) @ torch.stack([speakers[name] for name in candidates]).T
+    return [candidates[index] == name for index, name in zip(similarity.argmax(dim=1).tolist(), names)]
+
+
+def score_of(model, processor, batches, vocoder, score, seed, speakers, encoder):
+    """Speaks all batches with one seed and returns what `SynthesisScore` and `identified` find."""
     rows = []
     for originals, batch, vocoded in batches:
         inputs = [batch[name] for name in ("input_ids", "attention_mask", "speaker_embeddings")]
@@ -45,7 +53,12 @@ def score_of(model, processor, batches, vocoder, score, seed):
         for original, one, waveform, reference, true in zip(originals, spoken, waveforms, batch["waveforms"], vocoded):
             found = {"waveform": waveform, "reference": reference, "vocoded": true, "is_unfinished": one.is_unfinished}
             rows.append({**original, **found})
-    return score(rows)
+    names = [row["speaker"] for row in rows]
+    spoken, recorded = ([row[name] for row in rows] for name in ("waveform", "reference"))
+    return score(rows) | {
+        "identified": identified(spoken, names, speakers, encoder),
+        "identified_recordings": identified(recorded, names, speakers, encoder),
+    }
 
 
 def main():
@@ -79,7 +92,7 @@ def main():
         true = [labels[labels[:, 0] != -100] for labels in batch["labels"]]
         batches.append(([dataset.record(index) for index in batch["index"]], batch, vocoder(true)))
     score = SynthesisScore(DigitRecogniser(), encoder, ["speaker"], "basic")
-    found = [score_of(model, processor, batches, vocoder, score, seed) for seed in args.seeds]
+    found = [score_of(model, processor, batches, vocoder, score, seed, voices.speakers, encoder) for seed in args.seeds]
     entry = {
         "environment": environment(),
         "model": args.model,
@@ -102,11 +115,22 @@ def main():
         },
         "ceiling": found[0]["ceiling"],
     }
+    if len(entry["wer_by_speaker"]) > 1:
+        of_row = np.mean([f["identified"] for f in found], axis=0)
+        drawn = np.random.default_rng(0).choice(of_row, (1000, len(of_row))).mean(axis=1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        entry["identified"] = {
+            "mean": float(of_row.mean()),
+            "low": float(low),  # 95 %, by a bootstrap over rows
+            "high": float(high),
+            "recordings": float(np.mean(found[0]["identified_recordings"])),
+            "chance": 1 / len(entry["wer_by_speaker"]),
+        }
     models = read_json(args.output)["models"] if args.output.exists() else {}
     write_json(args.output, {"environment": entry["environment"], "models": {**models, args.name: entry}})
     for figure in FIGURES:
         print(f"{args.name}: {figure} {entry[figure]['mean']:.4f}  {[round(x, 3) for x in entry[figure]['of_seed']]}")
-    print(entry["stop"], entry["wer_by_speaker"], entry["ceiling"])
+    print(entry["stop"], entry["wer_by_speaker"], entry["ceiling"], entry.get("identified"))
 
 
 if __name__ == "__main__":

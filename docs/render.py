@@ -86,6 +86,29 @@ def voice_table(name):
     )
 
 
+def new_voices_table(name):
+    """Returns a Markdown table of how often a model speaks in the voice that it is asked for, and how it was made."""
+    record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    lines = [
+        "| model | voice identified | by chance | recordings | speaker similarity | words misheard | stops where it should |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    origins = []
+    for title, entry in record["models"].items():
+        found, made = entry["identified"], entry["environment"]
+        low, high = 100 * found["low"], 100 * found["high"]
+        lines.append(
+            f"| {title} | **{percent(found['mean'])}** ({low:.1f}–{high:.1f}) | {percent(found['chance'])} "
+            f"| {percent(found['recordings'])} | {entry['speaker_similarity']['mean']:.3f} "
+            f"| {percent(entry['wer']['mean'])} | {percent(entry['stop']['ok'])} |"
+        )
+        origins.append(
+            f"- {title}: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {entry['rows']} rows, "
+            f"{len(entry['seeds'])} seeds."
+        )
+    return "\n".join([*lines, "", f"`{name}`; in brackets the 95 % interval over rows.", "", *origins]) + "\n"
+
+
 def vocoders_table(name):
     """Returns a Markdown table of what is made of true spectrograms, and how the generator among it was trained."""
     record = json.loads((ROOT / name).read_text(encoding="utf-8"))
@@ -207,6 +230,7 @@ MAKERS = {
     "results": results_table,
     "synthesis": synthesis_table,
     "voice": voice_table,
+    "new_voices": new_voices_table,
     "arguments": arguments_table,
     "coverage": coverage_table,
     "speed": speed.speed_table,
