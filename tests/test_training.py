@@ -493,7 +493,8 @@ def test_a_kernel_that_cannot_weigh_silence_is_refused(few_digits, tmp_path):
 
 
 def test_before_its_first_step_a_model_is_given_the_full_window(few_digits, tmp_path):
-    trainer = make_trainer(few_digits, tmp_path, max_steps=2, eval_steps=1, save_steps=2)
+    rows_alone = {"per_device_eval_batch_size": 1}
+    trainer = make_trainer(few_digits, tmp_path, max_steps=2, eval_steps=1, save_steps=2, **rows_alone)
     frames = []
     encoder = base_of(trainer.model).model.encoder
     encoder.register_forward_hook(lambda m, inputs, out: None if m.training else frames.append(inputs[0].shape[-1]))

@@ -16,7 +16,11 @@ CUT_SLACK_S = 0.1
 # training its length is drawn at random, so that other positions stand for the rest of the window each time. The frames
 # of speech are those of a padded recording from 200 samples of silence on.
 TAIL_S = 0.6
-TRAIN_TAIL_S = (0.2, 1.0)
+TRAIN_TAIL_S = (0.2, 0.7)
+# Unpadded batches come in few shapes: their lengths are rounded up, or a CPU's library prepares its products anew in almost
+# every step and remembers each, while the memory goes to pieces of ever other sizes.
+LENGTH_MULTIPLE_S = 0.32
+LABELS_MULTIPLE = 8
 # An evaluation batch of short rows holds at most this many times the rows that it holds at the full window.
 MOST_EVAL_ROWS = 8
 # What --torch_compile true is given to compile: so many lengths of audio, and labels in multiples of so many tokens.
@@ -45,7 +49,8 @@ class WhisperCollator:
             and missing if all of them are.
         padded_s: float, that number of seconds.
         is_encoded: list of bool, one for each row.
-        labels: (batch, tokens) int64, right-padded with -100, without the leading start token, which Whisper adds.
+        labels: (batch, tokens) int64, right-padded with -100 to a multiple of `pad_labels_to_multiple_of`, without the
+            leading start token, which Whisper adds.
         index: list of int, the rows' places in their dataset.
         duration_s: list of float, seconds of audio before padding.
         bad_audio: list of str, a sentence for every row left out of this batch.
@@ -59,7 +64,7 @@ class WhisperCollator:
     def __init__(self, processor, on_bad_audio="error"):
         self.processor = processor
         self.on_bad_audio = on_bad_audio
-        self.pad_labels_to_multiple_of = 1
+        self.pad_labels_to_multiple_of = LABELS_MULTIPLE
 
     def __call__(self, rows):
         bad_audio = [row["bad_audio"] for row in rows if row.get("bad_audio")]
@@ -109,19 +114,21 @@ class WhisperCollator:
 
         Args:
             waveforms: list of float arrays of shape (samples,).
-            padded_s: seconds that they are to fill, at least; None for the model's whole window. More is taken where
-                a waveform, made longer by augmentation, would lack its tail; never more than the window.
+            padded_s: seconds that they are to fill, at least; None for the model's whole window. More is taken for a round
+                length, and where a waveform, made longer by augmentation, would lack its tail; never more than the window.
 
         Returns:
-            float32 tensor of shape (batch, num_mel_bins, an even number of frames).
+            float32 tensor of shape (batch, num_mel_bins, an even number of frames), a multiple of
+            `LENGTH_MULTIPLE_S` or the whole window.
         """
         extractor = self.processor.feature_extractor
         samples = extractor.n_samples
         if padded_s is not None:
             two_frames = 2 * extractor.hop_length  # the encoder makes one position of two frames
+            multiple = round(LENGTH_MULTIPLE_S * extractor.sampling_rate / two_frames) * two_frames
             least = max(map(len, waveforms)) + round(TRAIN_TAIL_S[0] * extractor.sampling_rate)
             wanted = max(round(padded_s * extractor.sampling_rate), least)
-            samples = min(-(-wanted // two_frames) * two_frames, samples)
+            samples = min(-(-wanted // multiple) * multiple, samples)
         options = {"sampling_rate": extractor.sampling_rate, "max_length": samples, "return_tensors": "pt"}
         return extractor(waveforms, **options).input_features
 
@@ -260,7 +267,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
             as keep its cost that of the others; those left over wait for a later step.
         batches_per_step: processes times accumulation steps. Consecutive batches make a step.
         seed: int.
-        num_lengths: round the padded length up to one of so many; None for no rounding.
+        length_multiple_s: round the padded length up to a multiple of so many seconds; None for no rounding.
         tail_s: seconds of silence behind the longest row of a batch that `auto` draws from, (least, most).
         same_length: put only rows together that are rounded to the same length, which has no random tail then: a
             row's padded length never changes.
@@ -269,7 +276,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
 
     def __init__(
         self, durations_s, window_s, batch_size=None, max_batch_seconds=None, encoder_window="auto",
-        full_window_share=0.0, batches_per_step=1, seed=0, num_lengths=None, same_length=False, pool_steps=50,
+        full_window_share=0.0, batches_per_step=1, seed=0, length_multiple_s=None, same_length=False, pool_steps=50,
         tail_s=TRAIN_TAIL_S,
     ):  # fmt: skip
         self.window_s = window_s
@@ -277,7 +284,7 @@ class LengthBatchSampler(torch.utils.data.Sampler):
         self.rows_per_batch, self.max_batch_seconds = batch_size, max_batch_seconds
         self.batches_per_step, self.seed = batches_per_step, seed
         self.full_window_share = full_window_share if encoder_window == "auto" else 0.0
-        self.grid_s = window_s / num_lengths if num_lengths else None
+        self.length_multiple_s = length_multiple_s
         self.same_length = same_length and encoder_window == "auto"  # at the full window all are of one length
         durations_s = np.asarray(durations_s, dtype=np.float64)
         if encoder_window == "full":
@@ -348,8 +355,8 @@ class LengthBatchSampler(torch.utils.data.Sampler):
         return float(self._rounded(self.lengths_s[rows].max() + tail_s))
 
     def _rounded(self, seconds):
-        if self.grid_s:
-            seconds = np.ceil(seconds / self.grid_s) * self.grid_s
+        if self.length_multiple_s:
+            seconds = np.ceil(seconds / self.length_multiple_s) * self.length_multiple_s
         return np.minimum(seconds, self.window_s)
 
 

@@ -17,6 +17,8 @@ from transformers.models.whisper.modeling_whisper import (
 
 # Target tokens whose logits are held at once: 1,024 of them are 212 MB at Whisper's vocabulary of 51,865.
 CHUNK_TOKENS = 1024
+# They are filled up to a multiple of so many, as batches are: products of few shapes.
+TOKENS_MULTIPLE = 64
 # More tokens than speech of this length has in any script: a text that has more is a loop.
 BOUND_TOKENS_PER_SECOND, BOUND_TOKENS = 25, 20
 PROMPT_TOKENS = 4  # start, language, task, no timestamps
@@ -155,11 +157,14 @@ def token_losses(head, hidden, labels, label_smoothing=0.0):
 
     is_target = labels != -100
     hidden, labels = hidden[is_target], labels[is_target]
+    num_targets, missing = len(labels), -len(labels) % TOKENS_MULTIPLE
+    hidden = functional.pad(hidden, (0, 0, 0, missing))
+    labels = functional.pad(labels, (0, missing), value=-100)
     # DeepSpeed shards a module's weights on condition that all processes call it alike, however many tokens they have.
     if len(labels) <= CHUNK_TOKENS or hasattr(next(head.parameters()), "ds_id"):
-        return losses(hidden, labels)
+        return losses(hidden, labels)[:num_targets]
     chunks = zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS))
-    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])[:num_targets]
 
 
 def token_bounds(durations_s, config):

@@ -5,7 +5,14 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import has_length
 
-from hfspeech.batching import COMPILED_LABELS, COMPILED_LENGTHS, TRAIN_TAIL_S, LongestFirstSampler, StreamLength
+from hfspeech.batching import (
+    COMPILED_LABELS,
+    COMPILED_LENGTHS,
+    LENGTH_MULTIPLE_S,
+    TRAIN_TAIL_S,
+    LongestFirstSampler,
+    StreamLength,
+)
 from hfspeech.errors import UserError
 from hfspeech.modeling.whisper import EncoderOutputs, cut_at_bounds, decoder_input_ids, token_bounds, token_losses
 from hfspeech.models.loading import base_of
@@ -44,7 +51,8 @@ class WhisperTrainer(SpeechTrainer):
             )
         self.encoder_outputs = self._plan_encoder_outputs(model, args, train_dataset)
         base_of(model).generation_config.encoder_window = args.encoder_window  # for whoever transcribes with it
-        data_collator.pad_labels_to_multiple_of = COMPILED_LABELS if args.torch_compile else 1
+        if args.torch_compile:
+            data_collator.pad_labels_to_multiple_of = COMPILED_LABELS
         self.measured_window = "full"
         super().__init__(model, args, train_dataset, eval_dataset, data_collator, compute_metrics, processing_class)
         self.window_s = processing_class.feature_extractor.chunk_length
@@ -93,12 +101,13 @@ class WhisperTrainer(SpeechTrainer):
 
     def train_batch_sampler(self, dataset):
         is_cached = self.encoder_outputs is not None
+        num_lengths = CACHED_LENGTHS if is_cached else COMPILED_LENGTHS if self.args.torch_compile else None
         return super().train_batch_sampler(
             dataset,
             window_s=self.window_s,
             encoder_window=self.args.encoder_window,
             full_window_share=self.args.full_window_share,
-            num_lengths=CACHED_LENGTHS if is_cached else COMPILED_LENGTHS if self.args.torch_compile else None,
+            length_multiple_s=self.window_s / num_lengths if num_lengths else LENGTH_MULTIPLE_S,
             same_length=is_cached,
         )
 
