@@ -59,6 +59,15 @@ def synthesis_table(names):
     return "\n\n".join(tables) + "\n"
 
 
+def voice_origin(title, entry):
+    """Returns a line of Markdown that says how an entry of `bench/voice.py` was made."""
+    made = entry["environment"]
+    return (
+        f"- {title}: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {entry['rows']} rows, "
+        f"{len(entry['seeds'])} seeds."
+    )
+
+
 def voice_table(name):
     """Returns a Markdown table of how models speak, heard by a recogniser of their own, and how it was made."""
     record = json.loads((ROOT / name).read_text(encoding="utf-8"))
@@ -76,11 +85,7 @@ def voice_table(name):
             f"| {percent(ceiling['recordings']['wer'])}, {percent(ceiling['vocoded']['wer'])} "
             f"| {entry['mcd']['mean']:.2f} dB | {entry['speaker_similarity']['mean']:.3f} | {percent(entry['stop']['ok'])} |"
         )
-        made = entry["environment"]
-        origins.append(
-            f"- {title}: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {entry['rows']} rows, "
-            f"{len(entry['seeds'])} seeds."
-        )
+        origins.append(voice_origin(title, entry))
     return (
         "\n".join([*lines, "", f"`{name}`; in brackets the least and the most over the seeds.", "", *origins]) + "\n"
     )
@@ -95,17 +100,14 @@ def new_voices_table(name):
     ]
     origins = []
     for title, entry in record["models"].items():
-        found, made = entry["identified"], entry["environment"]
+        found = entry["identified"]
         low, high = 100 * found["low"], 100 * found["high"]
         lines.append(
             f"| {title} | **{percent(found['mean'])}** ({low:.1f}–{high:.1f}) | {percent(found['chance'])} "
             f"| {percent(found['recordings'])} | {entry['speaker_similarity']['mean']:.3f} "
             f"| {percent(entry['wer']['mean'])} | {percent(entry['stop']['ok'])} |"
         )
-        origins.append(
-            f"- {title}: {made['date'][:10]}, `{made['command']}`, commit {made['commit'][:12]}, {entry['rows']} rows, "
-            f"{len(entry['seeds'])} seeds."
-        )
+        origins.append(voice_origin(title, entry))
     return "\n".join([*lines, "", f"`{name}`; in brackets the 95 % interval over rows.", "", *origins]) + "\n"
 
 

@@ -122,7 +122,8 @@ def first_step_table(name):
     lines = ["| arm and rows | first step | of it until its batch is there | disk by then |", "|---|---|---|---|"]
     for arm, entry in record["summary"].items():
         median = entry["median"]
-        seconds = [f"{number(median[figure])} s" for figure in ("first_step_s", "ready_s")]
+        found = [median[figure] for figure in ("first_step_s", "ready_s")]
+        seconds = [number(value) + " s" * (value is not None) for value in found]
         lines.append(f"| {arm} | {' | '.join(seconds)} | {number(median['disk_bytes'] / 1e6)} MB |")
     return "\n".join([*lines, "", origin(name)]) + "\n"
 
